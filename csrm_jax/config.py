@@ -64,7 +64,8 @@ def default() -> ConfigDict:
   d.row_length = 1024  # tokens
   d.slots = 64  # readouts in a row
   d.pairs = 128  # pairs in a row
-  d.max_tokens = 1024  # of one sequence; longer ones are cut by the stated rule
+  d.max_tokens = 0  # of one sequence, longer ones are cut by the stated rule;
+  #                  0: half a row, so that any pair fits
   d.max_rules = 3  # rules in a synthetic spec
   d.on_bad_row = "stop"  # "stop" | "quarantine"
   d.workers = 1

@@ -1,0 +1,79 @@
+"""Batch k of a training run: a pure function of (rows, seed, k, batch size)."""
+
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from csrm_jax.data.prepare import read_meta, row_dtype
+from csrm_jax.types import Batch
+
+
+def open_rows(folder: str | Path, *, seed: int) -> grain.MapDataset[Any]:
+  """Prepared rows in a new random order each epoch, without end.
+
+  Element i is a `Batch` of one row without the row axis (NumPy).
+
+  Raises:
+    ValueError: no prepared rows in `folder`, or fewer than the manifest says.
+  """
+  meta = read_meta(folder)
+  path = Path(folder) / "train.array_record"
+  source = grain.sources.ArrayRecordDataSource(str(path))
+  if len(source) != meta["rows"]:
+    raise ValueError(
+      f"{path}: {len(source)} rows, but meta.json says {meta['rows']}; the "
+      "file was cut or replaced: prepare again"
+    )
+  dtype = row_dtype(**meta["shape"])
+
+  def decode(record: bytes) -> Batch:
+    row = np.frombuffer(record, dtype)[0]
+    return Batch(*(row[name] for name in Batch._fields))
+
+  dataset = grain.MapDataset.source(source).shuffle(seed=seed % 2**32)
+  return dataset.repeat().map(decode)
+
+
+def batch_at(
+  rows: grain.MapDataset[Any],
+  step: int,
+  *,
+  batch_rows: int,
+  sharding: NamedSharding | None = None,
+) -> Batch:
+  """Batch number `step`, each host reading only the rows it holds.
+
+  Args:
+    rows: of `open_rows`.
+    step: number of the batch, from 0.
+    batch_rows: rows over all hosts.
+    sharding: of the row axis; None gives NumPy arrays of the whole batch.
+  """
+  first = step * batch_rows
+  if sharding is None:
+    picked = [rows[first + i] for i in range(batch_rows)]
+    return Batch(*(np.stack(leaf) for leaf in zip(*picked, strict=True)))
+  cache: dict[int, Batch] = {}
+
+  def field(name: str, shape: tuple[int, ...]) -> jax.Array:
+    def local(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(batch_rows)
+      for i in range(start, stop):
+        if i not in cache:
+          cache[i] = rows[first + i]
+      block = np.stack([getattr(cache[i], name) for i in range(start, stop)])
+      return block[(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, local)
+
+  example = rows[first]
+  return Batch(
+    *(
+      field(name, (batch_rows, *np.shape(getattr(example, name))))
+      for name in Batch._fields
+    )
+  )

@@ -1,0 +1,112 @@
+"""The mesh and the one table that says where every array lives."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("replica", "fsdp", "tensor")
+
+# First match of (path, spec of the trailing dimensions) wins; leading
+# dimensions, such as the layer axis of a stack, are not sharded. Kernels are
+# [in, out]: column-parallel into the heads and the FFN, row-parallel out, so
+# one reduction per block.
+_TABLE: tuple[tuple[str, P], ...] = (
+  (r"embed/embedding$", P("tensor", "fsdp")),
+  (r"lm_head/kernel$", P("tensor", "fsdp")),
+  (r"attention/(query|key|value)/kernel$", P("fsdp", "tensor")),
+  (r"attention/(query|key|value)/bias$", P("tensor")),
+  (r"attention/out/kernel$", P("tensor", "fsdp")),
+  (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),
+  (r"mlp/down/kernel$", P("tensor", "fsdp")),
+  (r"attention/(query|key|value)/lora_a$", P("fsdp", None)),
+  (r"attention/(query|key|value)/lora_b$", P(None, "tensor")),
+  (r"attention/out/lora_a$", P("tensor", None)),
+  (r"attention/out/lora_b$", P(None, "fsdp")),
+  (r"mlp/(gate|up)/lora_a$", P("fsdp", None)),
+  (r"mlp/(gate|up)/lora_b$", P(None, "tensor")),
+  (r"mlp/down/lora_a$", P("tensor", None)),
+  (r"mlp/down/lora_b$", P(None, "fsdp")),
+  (r"(scale|head/kernel)$", P()),
+)
+
+
+def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+  """Mesh over all devices; one size may be -1 (what remains).
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices()
+  sizes = [replica, fsdp, tensor]
+  if sizes.count(-1) == 1:
+    rest = -int(np.prod(sizes))
+    sizes[sizes.index(-1)] = len(devices) // rest if rest > 0 else 0
+  if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
+    raise ValueError(
+      f"mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover "
+      f"{len(devices)} devices; their product must, with -1 for what remains"
+    )
+  return jax.make_mesh(
+    tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+  )
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Partition of the parameter at `path` (`upper/mlp/up/kernel`).
+
+  Optimiser moments have their parameter's path as suffix, so the same table
+  serves them. A dimension that the mesh axis does not divide is replicated.
+  """
+  if not shape:
+    return P()
+  for pattern, spec in _TABLE:
+    if re.search(pattern, path):
+      break
+  else:
+    raise ValueError(f"parameter {path!r}: no line of the sharding table fits")
+  names = (None,) * (len(shape) - len(spec)) + tuple(spec)
+  fitting = (
+    name if name and size % mesh.shape[name] == 0 else None
+    for name, size in zip(names, shape, strict=True)
+  )
+  return P(*fitting)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """`a/b/c` of a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for each array (or shape) of a tree of parameters.
+
+  Leaves whose path no line of the table fits and that are not kernels
+  (counters, schedules) are replicated.
+  """
+
+  def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    shape = tuple(leaf.shape)
+    if len(shape) == 0:
+      return NamedSharding(mesh, P())
+    return NamedSharding(mesh, spec_of(path_name(path), shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows are spread over replica and fsdp; a row stays whole."""
+  return NamedSharding(mesh, P(("replica", "fsdp")))
+
+
+def check_rows(batch_rows: int, microbatches: int, mesh: Mesh) -> None:
+  """Raises ValueError unless every micro-batch fills every data shard."""
+  shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+  if microbatches < 1 or batch_rows % (shards * microbatches):
+    raise ValueError(
+      f"batch_rows = {batch_rows} must be a multiple of microbatches x "
+      f"replica x fsdp = {microbatches} x {shards}"
+    )
