@@ -11,6 +11,8 @@ import pydantic
 import yaml
 from pydantic import Field, StrictInt
 
+from csrm_jax import markdown
+
 Polarity = Literal["forbid", "allow", "require"]
 Truth = Literal[0, 1] | None  # None: nobody looked
 
@@ -161,7 +163,8 @@ class Spec(_Frozen):
           f"{path}: field 'rules': empty; write at least one rule"
         )
     elif suffix in (".md", ".markdown"):
-      spec = _read_markdown(text, str(path))
+      rules = markdown.rules(text, origin=str(path))
+      spec = cls.parse(rules, str(path)) if rules else cls(text=text)
     else:
       spec = cls(text=text)
     return (
@@ -170,13 +173,14 @@ class Spec(_Frozen):
 
   @classmethod
   def parse(
-    cls, source: "str | Mapping[str, Any] | list | Spec", origin: str = "spec"
+    cls,
+    source: "str | Mapping[str, Any] | list | Spec",
+    origin: str = "spec",
   ) -> "Spec":
-    """A spec out of an object with rules, a list of rules, or text.
+    """A spec out of an object with rules, a list of rules, or a text.
 
-    Text that is YAML or JSON with a `rules` key, or a Markdown list in which
-    every item states its polarity, becomes rules; any other text is kept and
-    renders verbatim. `Spec(text=...)` never looks for structure.
+    A text is never guessed to be YAML, Markdown or a path: it renders
+    verbatim, so that whoever passes the same text elsewhere scores the same.
 
     Args:
       source: what to read.
@@ -190,9 +194,7 @@ class Spec(_Frozen):
     if isinstance(source, str):
       if not source.strip():
         raise ValueError(f"{origin}: empty spec; write at least one rule")
-      if re.search(r"^\s*[{\"]?\"?rules\"?\s*:", source, re.MULTILINE):
-        return cls.parse(_load_yaml(source, origin), origin)
-      return _read_markdown(source, origin)
+      return cls(text=source)
     if isinstance(source, list):
       source = {"rules": source}
     if not isinstance(source, Mapping):
@@ -224,6 +226,11 @@ class Spec(_Frozen):
     kept = sorted(set(indices))
     if self.text:
       lines = self.text.split("\n")
+      number = re.compile(r"S\d+: ")
+      if all(number.match(line) for line in lines):  # rendered rules
+        texts = [lines[i].split(": ", 1)[1] for i in kept]
+        numbered = [f"S{n}: {text}" for n, text in enumerate(texts, 1)]
+        return self.model_copy(update={"text": "\n".join(numbered)})
       return self.model_copy(update={"text": "\n".join(lines[i] for i in kept)})
     return self.model_copy(update={"rules": tuple(self.rules[i] for i in kept)})
 
@@ -392,8 +399,9 @@ def _explain(
   error: pydantic.ValidationError, source: Mapping[str, Any], origin: str
 ) -> str:
   """The first validation error: origin, rule, field, value, remedy."""
-  first = error.errors()[0]
-  where, value, names = origin, source, []
+  first: Any = error.errors()[0]
+  value: Any = source
+  where, names = origin, []
   for step in first["loc"]:
     if isinstance(step, int):
       value = list(value)[step]
@@ -427,6 +435,8 @@ class _UniqueKeys(yaml.SafeLoader):
   def construct_mapping(self, node: Any, deep: bool = False) -> dict:
     seen = set()
     for key, _ in node.value:
+      if not isinstance(key, yaml.ScalarNode):
+        continue
       if key.value in seen:
         raise yaml.MarkedYAMLError(
           problem=f"key {key.value!r} occurs twice; keep one",
@@ -446,191 +456,3 @@ def _load_yaml(text: str, origin: str) -> Any:
     ) from None
   except yaml.YAMLError as error:
     raise ValueError(f"{origin}: not YAML: {error}") from None
-
-
-# -- Markdown -------------------------------------------------------------
-
-_SAYS = {
-  "forbid": r"disallowed|forbidden|prohibited|not allowed|never allowed",
-  "allow": r"allowed|permitted",
-  "require": r"required|mandatory",
-}
-_LEADS = {
-  "forbid": r"do not|don't|must not|never|no|avoid",
-  "allow": r"you may|may",
-  "require": r"always|must",
-}
-_SEVERITY = re.compile(r"\s*\(severity:?\s*(\d+)\)\s*$", re.IGNORECASE)
-# An item with a second clause may turn its meaning round: kept as text.
-_TURN = re.compile(
-  r"[.;!?]\s|\b(but|instead|however|rather|unless|always|only|except)\b",
-  re.IGNORECASE,
-)
-
-
-class _Item(NamedTuple):
-  indent: int
-  text: str
-
-
-def _polarity(text: str) -> tuple[Polarity | None, str]:
-  """(polarity, the rest) of `Disallowed: x`, `Never x`; (None, text) else."""
-  text = text.replace("**", "").strip()
-  for polarity, words in _SAYS.items():
-    match = re.match(rf"({words})\s*:\s*", text, re.IGNORECASE)
-    if match:
-      return polarity, text[match.end() :]  # type: ignore[return-value]
-  for polarity, words in _LEADS.items():
-    match = re.match(rf"({words})\s+(?=\S)", text, re.IGNORECASE)
-    if match and not _TURN.search(text[match.end() :].rstrip(".")):
-      return polarity, text[match.end() :]  # type: ignore[return-value]
-  return None, text
-
-
-def _slug(text: str) -> str:
-  words = re.sub(r"\W+", "_", text.lower()).strip("_").split("_")
-  return "_".join(words[:6]) or "rule"
-
-
-def _unique(name: str, taken: set[str]) -> str:
-  candidate, n = name, 2
-  while candidate in taken:
-    candidate, n = f"{name}_{n}", n + 1
-  taken.add(candidate)
-  return candidate
-
-
-def _read_markdown(text: str, origin: str) -> Spec:
-  """Rules of a Markdown list or of headings with lists; else the text.
-
-  Every item must state its polarity (a label such as `Allowed:`, a heading or
-  a line of that name above it, or a lead such as `Never`): a wrong guess would
-  turn a rule round, so a text with an unmarked item is kept verbatim.
-  """
-  blocks = _blocks(text)
-  if blocks is None:
-    return Spec(text=text)
-  rules, taken = [], set()
-  for title, guideline, leaves in blocks:
-    if any(polarity is None for polarity, _ in leaves):
-      return Spec(text=text)
-    for polarities in (("forbid", "allow"), ("require",)):
-      part = [(p, t) for p, t in leaves if p in polarities]
-      if part:
-        name = _unique(_slug(title or part[0][1]), taken)
-        rules.append(_rule(name, title, guideline, part, origin))
-  if not rules:
-    return Spec(text=text)
-  return Spec.parse({"rules": rules}, origin)
-
-
-def _blocks(
-  text: str,
-) -> list[tuple[str, str, list[tuple[Polarity | None, str]]]] | None:
-  """(title, guideline, [(polarity, text)]) a rule; None without structure."""
-  blocks: list = []
-  title, section = "", None  # heading over the lines; polarity over the items
-  stack: list[_Item] = []
-  for line in text.split("\n"):
-    if not line.strip():
-      continue
-    heading = re.match(r"(#+)\s+(.*?)\s*#*$", line)
-    item = re.match(r"(\s*)(?:[-*+]|\d+[.)])\s+(.*\S)", line)
-    if heading:
-      polarity, rest = _polarity(heading[2].rstrip(":") + ":")
-      section = polarity if polarity and not rest else None
-      title = "" if section or len(heading[1]) == 1 else heading[2]
-      stack = []
-      if title:
-        blocks.append((title, [], []))
-    elif item:
-      indent, body = len(item[1]), item[2]
-      while stack and stack[-1].indent >= indent:
-        stack.pop()
-      if title or stack:
-        polarity, body = _polarity(body)
-        polarity = polarity or section
-        blocks[-1][2].append((polarity, body))
-      else:
-        blocks.append(("", [], [(_polarity(body)[0] or section, body)]))
-        stack.append(_Item(indent, body))
-    elif title or stack:
-      label, rest = _polarity(line)
-      if label and not rest:
-        section = label
-      elif label and title:
-        blocks[-1][2].extend(
-          (label, part) for part in re.split(r";\s*", rest.rstrip(" ."))
-        )
-      elif blocks[-1][2]:
-        polarity, body = blocks[-1][2][-1]
-        blocks[-1][2][-1] = (polarity, f"{body} {line.strip()}")
-      else:
-        blocks[-1][1].append(line.strip())
-    else:
-      return None  # prose outside any rule
-  return [_settle(*block) for block in blocks]
-
-
-def _settle(
-  title: str, prose: list[str], leaves: list
-) -> tuple[str, str, list[tuple[Polarity | None, str]]]:
-  """Sorts out which text of a block is title, guideline and leaf."""
-  guideline = " ".join(prose)
-  if not title and len(leaves) > 1:  # an item over nested items
-    title, leaves = leaves[0][1].rstrip(":"), leaves[1:]
-  elif not title:
-    polarity, body = leaves[0]
-    stated, rest = _polarity(body)
-    leaves = [(stated or polarity, rest)]
-  elif not leaves:
-    leaves, guideline = [_polarity(guideline)], ""
-  return title, guideline, leaves
-
-
-def _rule(
-  name: str,
-  title: str,
-  guideline: str,
-  leaves: list[tuple[Polarity, str]],
-  origin: str,
-) -> dict[str, Any]:
-  polarities = {polarity for polarity, _ in leaves}
-  mixed = len(polarities) > 1
-  if not mixed and len(leaves) == 1 and not _SEVERITY.search(leaves[0][1]):
-    return {
-      "id": name,
-      "title": title,
-      "guideline": " ".join(filter(None, (guideline, leaves[0][1]))),
-      "polarity": leaves[0][0],
-    }
-  subcategories, taken = [], set()
-  for polarity, body in leaves:
-    match = _SEVERITY.search(body)
-    severity = 2 if mixed and polarity == "forbid" else 1
-    body = _SEVERITY.sub("", body)
-    subcategories.append(
-      {
-        "id": _unique(_slug(body), taken),
-        "title": body,
-        "severity": int(match[1]) if match else severity,
-      }
-    )
-  rule: dict[str, Any] = {
-    "id": name,
-    "title": title,
-    "guideline": guideline,
-    "polarity": "forbid" if mixed else leaves[0][0],
-    "subcategories": subcategories,
-  }
-  if mixed:
-    pairs = list(zip(leaves, subcategories, strict=True))
-    level = min(s["severity"] for (p, _), s in pairs if p == "forbid")
-    worst = max(s["severity"] for (p, _), s in pairs if p == "allow")
-    if worst >= level:
-      raise ValueError(
-        f"{origin}: rule {title!r}: field 'severity': {worst} is allowed but "
-        f"{level} is disallowed; what is disallowed must be more severe"
-      )
-    rule["level"] = level
-  return rule
