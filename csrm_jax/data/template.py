@@ -11,13 +11,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from csrm_jax.data.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-  from csrm_jax.spec import Spec
+from csrm_jax.spec import Spec
 
 Message = Mapping[str, str]  # {"role", "content"}
 
@@ -81,9 +79,8 @@ def encode(
   """
   form = FORMATS[tokenizer.style]
   _check(messages)
-  if spec_text is None:
-    policy = HELPFULNESS
-  else:
+  policy = HELPFULNESS
+  if spec_text is not None:
     policy = f"{INSTRUCTION}\n{tokenizer.mark(spec_text)}"
     if not tokenizer.mark(spec_text).strip():
       raise ValueError(
@@ -91,12 +88,15 @@ def encode(
         " spec at all)"
       )
   parts = [form.begin, _fill(form.turn, "system", policy)]
-  for message in messages:
-    turn = form.answer if message["role"] == "assistant" else form.turn
+  turns = [
+    form.answer if message["role"] == "assistant" else form.turn
+    for message in messages
+  ]
+  for turn, message in zip(turns, messages, strict=True):
     text = tokenizer.mark(message["content"])
     parts.append(_fill(turn, message["role"], text))
   ids = tokenizer.encode_marked("".join([*parts, form.cue]))
-  written = [form.begin, form.turn, form.cue, *_turns(form, messages)]
+  written = [form.begin, form.turn, form.cue, *turns]
   expected = sum(tokenizer.count_controls(part) for part in written)
   controls = frozenset(tokenizer.controls.values())
   if sum(i in controls for i in ids) != expected:
@@ -105,13 +105,6 @@ def encode(
       " spells one from ordinary pieces; use another tokenizer."
     )
   return ids
-
-
-def _turns(form: Format, messages: Sequence[Message]) -> list[str]:
-  return [
-    form.answer if message["role"] == "assistant" else form.turn
-    for message in messages
-  ]
 
 
 def _fill(turn: str, role: str, text: str) -> str:
@@ -141,7 +134,7 @@ def _check(messages: Sequence[Message]) -> None:
 def fit_to(
   tokenizer: Tokenizer,
   messages: Sequence[Message],
-  spec: "Spec | None",
+  spec: Spec | None,
   max_tokens: int,
 ) -> tuple[list[int], dict[str, int]]:
   """As `encode`, cut to `max_tokens` by the stated rule.
@@ -174,24 +167,21 @@ def fit_to(
     )
     return _shorten(tokenizer, messages, text, max_tokens, cut)
   cut["messages"] = history
-  rules = () if spec is None else spec.rules
-  if spec is None or len(rules) < 2:
+  order = [] if spec is None else _by_relevance(spec.lines(), messages)
+  if spec is None or len(order) < 2:
     raise ValueError(_too_long(len(without(history)), max_tokens))
-  order = _by_relevance(rules, spec, messages)
 
   def ruled(n: int) -> list[int]:
-    kept = sorted(order[n:])
-    fewer = spec.model_copy(update={"rules": tuple(rules[i] for i in kept)})
-    return encode(tokenizer, messages[-1:], fewer.render())
+    return encode(tokenizer, messages[-1:], spec.keep(order[n:]).render())
 
-  most = len(rules) - 1
+  most = len(order) - 1
   if len(ruled(most)) > max_tokens:
     raise ValueError(_too_long(len(ruled(most)), max_tokens))
   cut["rules"] = _least(1, most, lambda n: len(ruled(n)) <= max_tokens)
   return ruled(cut["rules"]), cut
 
 
-def _least(low: int, high: int, fits: Any) -> int:
+def _least(low: int, high: int, fits: Callable[[int], bool]) -> int:
   """Smallest n in low..high with fits(n); fits(high) is known to hold."""
   while low < high:
     middle = (low + high) // 2
@@ -233,15 +223,15 @@ def _words(text: str) -> list[str]:
 
 
 def _by_relevance(
-  rules: Sequence[Any], spec: "Spec", messages: Sequence[Message]
+  rules: Sequence[str], messages: Sequence[Message]
 ) -> list[int]:
   """Indices of rules, least relevant first; of equals the later goes first."""
-  texts = [
-    spec.model_copy(update={"rules": (rule,)}).render() for rule in rules
-  ]
   query = _words(" ".join(m["content"] for m in messages))
-  scores = bm25(query, [_words(text) for text in texts])
-  return sorted(range(len(rules)), key=lambda i: (scores[i], -i))
+  scores = bm25(query, [_words(rule) for rule in rules])
+  # A blank line is no rule: it goes before any, or it might stay alone.
+  return sorted(
+    range(len(rules)), key=lambda i: (bool(rules[i].strip()), scores[i], -i)
+  )
 
 
 def bm25(
