@@ -1,0 +1,1 @@
+"""The backbone and its reward head; the only part that imports Flax."""

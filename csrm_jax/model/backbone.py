@@ -1,0 +1,446 @@
+"""One decoder-only transformer: Llama, Mistral, Qwen2 and Qwen3 (Flax NNX).
+
+The layers of a stack share one set of parameters with a leading axis and run
+under `jax.lax.scan`, so that compile time does not grow with depth.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from csrm_jax.model.attention import attention
+from csrm_jax.types import Params
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+REMAT = ("none", "layer", "dots")
+ARCHITECTURE_NAMES = {
+  "llama": "Llama",
+  "mistral": "Mistral",
+  "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
+}
+
+
+class RopeScaling(NamedTuple):
+  """Llama 3's stretch of the slow rotary frequencies to longer contexts."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_context: int  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """The shape of a backbone, as a Hugging Face `config.json` states it."""
+
+  family: str  # one of FAMILIES
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffn: int
+  norm_eps: float
+  rope_theta: float
+  rope_scaling: RopeScaling | None  # None: plain rotary embedding
+  qkv_bias: bool
+  out_bias: bool
+  tied: bool  # the output embedding is the input embedding
+  context: int  # tokens
+  sliding_window: int  # tokens; 0: every token sees its whole path
+
+  @property
+  def qk_norm(self) -> bool:
+    return self.family == "qwen3"
+
+  @classmethod
+  def from_config(
+    cls, config: dict[str, Any], *, row_length: int = 1024
+  ) -> "Architecture":
+    """Reads a Hugging Face config; what we cannot compute is refused by name.
+
+    Args:
+      config: the content of `config.json`.
+      row_length: longest row the model is to see, tokens. A sliding window
+        that no row outgrows changes nothing and is accepted.
+
+    Raises:
+      ValueError: for an unknown model type or a feature that we lack.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+      raise ValueError(
+        f"model_type {family!r} is not supported: use one of {FAMILIES}"
+      )
+    _refuse_unsupported(config)
+    heads = config["num_attention_heads"]
+    bias = bool(config.get("attention_bias", False))
+    theta, scaling = _read_rope(config)
+    architecture = cls(
+      family=family,
+      vocab_size=config["vocab_size"],
+      width=config["hidden_size"],
+      layers=config["num_hidden_layers"],
+      heads=heads,
+      kv_heads=config.get("num_key_value_heads") or heads,
+      head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+      ffn=config["intermediate_size"],
+      norm_eps=config.get("rms_norm_eps", 1e-6),
+      rope_theta=theta,
+      rope_scaling=scaling,
+      qkv_bias=family == "qwen2" or bias,
+      out_bias=family in ("llama", "qwen3") and bias,
+      tied=bool(config.get("tie_word_embeddings", False)),
+      context=config.get("max_position_embeddings", 2048),
+      sliding_window=_read_sliding_window(config),
+    )
+    architecture.check_row_length(row_length)
+    return architecture
+
+  def check_row_length(self, row_length: int) -> None:
+    """Refuses rows in which a sliding window would hide tokens.
+
+    Raises:
+      ValueError: if the window is shorter than the row.
+    """
+    if 0 < self.sliding_window < row_length:
+      raise ValueError(
+        f"sliding_window = {self.sliding_window} is shorter than a row of "
+        f"{row_length} tokens, and sliding windows are not supported: set "
+        f"data.row_length <= {self.sliding_window}, or use another backbone"
+      )
+
+  def to_config(self) -> dict[str, Any]:
+    """The Hugging Face config; `from_config` reads back an equal value."""
+    rope: dict[str, Any] = {
+      "rope_type": "default",
+      "rope_theta": self.rope_theta,
+    }
+    if self.rope_scaling is not None:
+      factor, low, high, original = self.rope_scaling
+      rope |= {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+      }
+    config = {
+      "architectures": [f"{ARCHITECTURE_NAMES[self.family]}ForCausalLM"],
+      "model_type": self.family,
+      "vocab_size": self.vocab_size,
+      "hidden_size": self.width,
+      "num_hidden_layers": self.layers,
+      "num_attention_heads": self.heads,
+      "num_key_value_heads": self.kv_heads,
+      "head_dim": self.head_dim,
+      "intermediate_size": self.ffn,
+      "hidden_act": "silu",
+      "rms_norm_eps": self.norm_eps,
+      # Both spellings: transformers 5 reads the first, older readers (vLLM,
+      # transformers 4) the other two.
+      "rope_parameters": rope,
+      "rope_theta": self.rope_theta,
+      "rope_scaling": rope if self.rope_scaling else None,
+      "tie_word_embeddings": self.tied,
+      "max_position_embeddings": self.context,
+    }
+    if self.family in ("llama", "qwen3"):
+      config["attention_bias"] = self.qkv_bias
+    if self.family == "llama":
+      config["mlp_bias"] = False
+    if self.family == "mistral":
+      config["sliding_window"] = self.sliding_window or None
+    if self.family in ("qwen2", "qwen3"):
+      config["use_sliding_window"] = bool(self.sliding_window)
+      if self.sliding_window:
+        config["sliding_window"] = self.sliding_window
+        config["max_window_layers"] = 0
+    return config
+
+
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+  """Raises for features that would change the numbers without a trace."""
+  wanted = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "quantization_config": (),
+  }
+  for key, allowed in wanted.items():
+    value = config.get(key)
+    if value is not None and value not in allowed:
+      remedy = f"one of {allowed}" if allowed else "full-precision weights"
+      raise ValueError(f"{key} = {value!r} is not supported: use {remedy}")
+
+
+def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+  """Rotary base and scaling, from the spelling of transformers 4 or 5."""
+  rope = config.get("rope_parameters") or {}
+  scaling = rope or config.get("rope_scaling") or {}
+  theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+    raise ValueError(
+      f"partial_rotary_factor = {scaling['partial_rotary_factor']} is not "
+      "supported: use a backbone that rotates the whole head"
+    )
+  if kind == "default":
+    return theta, None
+  if kind != "llama3":
+    raise ValueError(
+      f"rope type {kind!r} is not supported: use 'default' or 'llama3'"
+    )
+  return theta, RopeScaling(
+    factor=float(scaling["factor"]),
+    low_freq_factor=float(scaling["low_freq_factor"]),
+    high_freq_factor=float(scaling["high_freq_factor"]),
+    original_context=int(scaling["original_max_position_embeddings"]),
+  )
+
+
+def _read_sliding_window(config: dict[str, Any]) -> int:
+  """The window in tokens, 0 where no layer has one."""
+  # A Mistral config that is silent has a window: the library default.
+  default = 4096 if config["model_type"] == "mistral" else 0
+  window = config.get("sliding_window", default) or 0
+  if config["model_type"] == "mistral":
+    return window
+  if not config.get("use_sliding_window", False):
+    return 0
+  kinds = config.get("layer_types") or ["sliding_attention"]
+  return window if "sliding_attention" in kinds else 0
+
+
+class Linear(nnx.Module):
+  """y = x W + b, plus the low-rank update (x A) B where a rank is given."""
+
+  def __init__(
+    self, ins: int, outs: int, *, bias: bool, rank: int, rngs: nnx.Rngs
+  ):
+    normal = jax.random.normal(rngs.params(), (ins, outs), jnp.float32)
+    self.kernel = nnx.Param(normal * ins**-0.5)
+    self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
+    self.lora_a = nnx.Param(jnp.zeros((ins, rank))) if rank else None
+    self.lora_b = nnx.Param(jnp.zeros((rank, outs))) if rank else None
+
+  def __call__(
+    self, x: Float[Array, "b l i"], *, lora_scale: float
+  ) -> Float[Array, "b l o"]:
+    y = x @ self.kernel[...].astype(x.dtype)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(x.dtype)
+    if self.lora_a is not None and self.lora_b is not None:
+      low = x @ self.lora_a[...].astype(x.dtype)
+      y = y + lora_scale * (low @ self.lora_b[...].astype(x.dtype))
+    return y
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm over the last axis, computed in float32."""
+
+  def __init__(self, width: int, *, eps: float):
+    self.scale = nnx.Param(jnp.ones(width))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    return rms_norm(x, self.scale[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions over token tries."""
+
+  def __init__(self, arch: Architecture, *, rank: int, rngs: nnx.Rngs):
+    self.arch = arch
+    d, e = arch.width, arch.head_dim
+    q, kv = arch.heads * e, arch.kv_heads * e
+    bias = arch.qkv_bias
+    self.query = Linear(d, q, bias=bias, rank=rank, rngs=rngs)
+    self.key = Linear(d, kv, bias=bias, rank=rank, rngs=rngs)
+    self.value = Linear(d, kv, bias=bias, rank=rank, rngs=rngs)
+    self.out = Linear(q, d, bias=arch.out_bias, rank=rank, rngs=rngs)
+    self.query_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
+    self.key_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
+
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
+    subtree_end: Int[Array, "b l"],
+    *,
+    kind: str,
+    lora_scale: float,
+  ) -> Float[Array, "b l d"]:
+    per_head = (*x.shape[:2], -1, self.arch.head_dim)
+    q = self.query(x, lora_scale=lora_scale).reshape(per_head)
+    k = self.key(x, lora_scale=lora_scale).reshape(per_head)
+    v = self.value(x, lora_scale=lora_scale).reshape(per_head)
+    if self.query_norm is not None and self.key_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    q, k = rotate(q, rope), rotate(k, rope)
+    y = attention(q, k, v, subtree_end, kind=kind)
+    return self.out(y.reshape(*x.shape[:2], -1), lora_scale=lora_scale)
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate x) * up x)."""
+
+  def __init__(self, arch: Architecture, *, rank: int, rngs: nnx.Rngs):
+    d, f = arch.width, arch.ffn
+    self.gate = Linear(d, f, bias=False, rank=rank, rngs=rngs)
+    self.up = Linear(d, f, bias=False, rank=rank, rngs=rngs)
+    self.down = Linear(f, d, bias=False, rank=rank, rngs=rngs)
+
+  def __call__(
+    self, x: Float[Array, "b l d"], *, lora_scale: float
+  ) -> Float[Array, "b l d"]:
+    gate = jax.nn.silu(self.gate(x, lora_scale=lora_scale))
+    up = self.up(x, lora_scale=lora_scale)
+    return self.down(gate * up, lora_scale=lora_scale)
+
+
+class Block(nnx.Module):
+  """One pre-norm layer: attention, then MLP, each with a residual."""
+
+  def __init__(self, arch: Architecture, *, rank: int = 0, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(arch.width, eps=arch.norm_eps)
+    self.attention = Attention(arch, rank=rank, rngs=rngs)
+    self.mlp_norm = RMSNorm(arch.width, eps=arch.norm_eps)
+    self.mlp = MLP(arch, rank=rank, rngs=rngs)
+
+  def __call__(
+    self,
+    x: Float[Array, "b l d"],
+    rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
+    subtree_end: Int[Array, "b l"],
+    *,
+    kind: str,
+    lora_scale: float,
+  ) -> Float[Array, "b l d"]:
+    x = x + self.attention(
+      self.attention_norm(x),
+      rope,
+      subtree_end,
+      kind=kind,
+      lora_scale=lora_scale,
+    )
+    return x + self.mlp(self.mlp_norm(x), lora_scale=lora_scale)
+
+
+def init_stack(
+  key: jax.Array, architecture: Architecture, layers: int
+) -> Params:
+  """Random parameters of `layers` layers, each leaf with a leading [n]."""
+
+  def one(key: jax.Array) -> Params:
+    block = Block(architecture, rngs=nnx.Rngs(key))
+    return nnx.state(block).to_pure_dict()
+
+  return jax.vmap(one)(jax.random.split(key, layers))
+
+
+def run_stack(
+  architecture: Architecture,
+  params: Params,
+  x: Float[Array, "b l d"],
+  positions: Int[Array, "b l"],
+  subtree_end: Int[Array, "b l"],
+  *,
+  kind: str,
+  remat: str,
+  lora_rank: int = 0,
+  lora_alpha: float = 0.0,
+) -> Float[Array, "b l d"]:
+  """Runs stacked layers under one scan.
+
+  Args:
+    architecture: the shape of the backbone.
+    params: leaves of one block with a leading layer axis.
+    x: activations that enter the first of these layers.
+    positions: of the tokens in their sequences, from 0.
+    subtree_end: mask, see `types.Batch`.
+    kind: of attention, see `attention.attention`.
+    remat: what the backward pass keeps: "none" recomputes nothing, "layer"
+      keeps only the input of each layer, "dots" also its weight products.
+    lora_rank: rank of the low-rank updates in `params`; 0 if there are none.
+    lora_alpha: the updates are scaled by `lora_alpha / lora_rank`.
+
+  Returns:
+    Activations after the last of these layers.
+
+  Raises:
+    ValueError: for an unknown `remat`.
+  """
+  rope = rope_table(architecture, positions)
+  graph, _ = nnx.split(
+    nnx.eval_shape(
+      lambda: Block(architecture, rank=lora_rank, rngs=nnx.Rngs(0))
+    )
+  )
+  lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
+
+  def layer(x: Array, params: Params) -> tuple[Array, None]:
+    block = nnx.merge(graph, params)
+    y = block(x, rope, subtree_end, kind=kind, lora_scale=lora_scale)
+    return y, None
+
+  # prevent_cse guards against a hazard that cannot occur inside a scan.
+  if remat == "layer":
+    layer = jax.checkpoint(layer, prevent_cse=False)
+  elif remat == "dots":
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+  elif remat != "none":
+    raise ValueError(f"model.remat {remat!r}: use one of {REMAT}")
+  return jax.lax.scan(layer, x, params)[0]
+
+
+def rms_norm(
+  x: Float[Array, "*n d"], scale: Float[Array, " d"], *, eps: float
+) -> Float[Array, "*n d"]:
+  """x / rms(x) * scale; Zhang and Sennrich 2019 (arXiv:1910.07467), eq. 4."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  return (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype) * (
+    scale.astype(x.dtype)
+  )
+
+
+def rope_table(
+  architecture: Architecture, positions: Int[Array, "b l"]
+) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
+  """Cosines and sines of the rotary angles, f = head_dim / 2.
+
+  Source: Su et al. 2021 (arXiv:2104.09864), eq. 15; the scaling is that of
+  Llama 3.1 (arXiv:2407.21783): frequencies whose wave is longer than the
+  original context are divided by `factor`, short ones kept, and those between
+  interpolated.
+  """
+  e = architecture.head_dim
+  exponent = jnp.arange(0, e, 2, dtype=jnp.float32) / e
+  frequency = 1.0 / architecture.rope_theta**exponent
+  if architecture.rope_scaling is not None:
+    factor, low, high, original = architecture.rope_scaling
+    waves = original * frequency / (2 * jnp.pi)  # waves in the old context
+    kept = jnp.clip((waves - low) / (high - low), 0.0, 1.0)
+    frequency = frequency * (kept + (1.0 - kept) / factor)
+  angle = positions.astype(jnp.float32)[..., None] * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+  x: Float[Array, "b l h e"],
+  rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
+) -> Float[Array, "b l h e"]:
+  """Turns each pair (i, i + e/2) of a head by its rotary angle."""
+  cos, sin = (t[:, :, None].astype(x.dtype) for t in rope)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )

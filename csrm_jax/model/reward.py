@@ -1,0 +1,348 @@
+"""The reward model: a backbone whose cue token is read as log-odds.
+
+Column 0 of the readouts is the compliance score `z` (log-odds that the last
+response complies with the spec), column 1 the helpfulness `h`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from csrm_jax.model import lora, pretrained
+from csrm_jax.model.backbone import (
+  Architecture,
+  init_stack,
+  rms_norm,
+  run_stack,
+)
+from csrm_jax.model.names import flatten, unflatten
+from csrm_jax.types import Batch, Params
+
+HEADS = ("linear", "verbaliser")
+LoadParams = Callable[..., Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+  """Pure functions of parameters; holds only static choices.
+
+  Attributes:
+    architecture: the shape of the backbone.
+    head: "linear" (z = w · norm(e)) or "verbaliser" (z from the logits of
+      `safe_ids` and `unsafe_ids`).
+    train_layers: the top k layers are trained; -1: all of them.
+    train_embedding: whether the input embedding is trained.
+    lora_rank: of the adapters on the trained layers; 0: full fine-tuning.
+    lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
+    remat: see `backbone.run_stack`.
+    dtype: of the computation; parameters and readouts are float32.
+    attention: kind, see `attention.attention`.
+    safe_ids: tokens that say "complies"; the first starts the linear head.
+    unsafe_ids: tokens that say "violates"; likewise.
+    keep_lm_head: whether an untied output embedding is among the parameters.
+  """
+
+  architecture: Architecture
+  head: str = "linear"
+  train_layers: int = -1
+  train_embedding: bool = False
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  remat: str = "layer"
+  dtype: str = "float32"
+  attention: str = "dense"
+  safe_ids: tuple[int, ...] = ()
+  unsafe_ids: tuple[int, ...] = ()
+  keep_lm_head: bool = False
+
+  def __post_init__(self):
+    if self.head not in HEADS:
+      raise ValueError(f"model.head {self.head!r}: use one of {HEADS}")
+    layers = self.architecture.layers
+    if not -1 <= self.train_layers <= layers:
+      raise ValueError(
+        f"model.train_layers = {self.train_layers}: use -1 (all) to {layers}"
+      )
+    if self.head == "verbaliser":
+      both = set(self.safe_ids) & set(self.unsafe_ids)
+      if not (self.safe_ids and self.unsafe_ids) or both:
+        raise ValueError(
+          f"head 'verbaliser' needs two disjoint sets of token ids, not "
+          f"{self.safe_ids} and {self.unsafe_ids}"
+        )
+
+  @property
+  def lower_layers(self) -> int:
+    """How many layers, from the input, are frozen."""
+    if self.train_layers < 0:
+      return 0
+    return self.architecture.layers - self.train_layers
+
+  @property
+  def has_lm_head(self) -> bool:
+    """Whether the parameters hold an output embedding of their own."""
+    wanted = self.keep_lm_head or self.head == "verbaliser"
+    return wanted and not self.architecture.tied
+
+  def init(self, key: jax.Array) -> Params:
+    """Random parameters, float32; may run under `jax.jit`."""
+    arch = self.architecture
+    keys = jax.random.split(key, 5)
+    shape = (arch.vocab_size, arch.width)
+    embedding = 0.02 * jax.random.normal(keys[0], shape, jnp.float32)
+    params: Params = {
+      "embed": {"embedding": embedding},
+      "final_norm": {"scale": jnp.ones(arch.width)},
+    }
+    lower = self.lower_layers
+    if lower:
+      params["lower"] = init_stack(keys[1], arch, lower)
+    if arch.layers > lower:
+      params["upper"] = init_stack(keys[2], arch, arch.layers - lower)
+    output = embedding
+    if not arch.tied:
+      output = 0.02 * jax.random.normal(keys[3], shape, jnp.float32)
+    if self.has_lm_head:
+      params["lm_head"] = {"kernel": output}
+    params["head"] = {"kernel": self.start_head(output)}
+    return self.with_adapters(params, keys[4])
+
+  def start_head(self, output: Float[Array, "v d"]) -> Float[Array, "2 d"]:
+    """Row 0: output embedding of " safe" minus " unsafe"; row 1: zero.
+
+    So an untrained model is the zero-shot judge. Without verbaliser tokens
+    row 0 is zero as well.
+    """
+    row = jnp.zeros(output.shape[1], jnp.float32)
+    if self.safe_ids and self.unsafe_ids:
+      row = output[self.safe_ids[0]] - output[self.unsafe_ids[0]]
+    return jnp.stack([row, jnp.zeros_like(row)]).astype(jnp.float32)
+
+  def with_adapters(self, params: Params, key: jax.Array) -> Params:
+    """Adds untrained adapters to the trained layers, if a rank is set."""
+    if not self.lora_rank or "upper" not in params:
+      return params
+    upper = lora.init(key, params["upper"], self.lora_rank)
+    return params | {"upper": upper}
+
+  def apply(self, params: Params, batch: Batch) -> Float[Array, "b s 2"]:
+    """Readouts of every slot: compliance `z` (log-odds), helpfulness `h`."""
+    hidden = self._readout_hidden(params, batch)
+    readouts = _score(hidden, params["head"]["kernel"])
+    if self.head == "linear":
+      return readouts
+    logits = self._vocabulary(params, hidden)
+    z = jax.nn.logsumexp(
+      logits[..., jnp.array(self.safe_ids)], axis=-1
+    ) - jax.nn.logsumexp(logits[..., jnp.array(self.unsafe_ids)], axis=-1)
+    return jnp.stack([z, readouts[..., 1]], axis=-1)
+
+  def readout_logits(
+    self, params: Params, batch: Batch
+  ) -> Float[Array, "b s v"]:
+    """Full-vocabulary logits at the readouts (CSRM's classification loss)."""
+    return self._vocabulary(params, self._readout_hidden(params, batch))
+
+  def hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
+    """States of every token after the final norm."""
+    x = self._trunk(params, batch)
+    return self._final_norm(params, x)
+
+  def logits(self, params: Params, batch: Batch) -> Float[Array, "b l v"]:
+    """Next-token logits, float32."""
+    return self._vocabulary(params, self.hidden(params, batch))
+
+  def split(self, params: Params) -> tuple[Params, Params]:
+    """(trained, frozen): two trees without a common leaf."""
+    flat = flatten(params)
+    trained = {k: v for k, v in flat.items() if self.is_trained(k)}
+    frozen = {k: v for k, v in flat.items() if not self.is_trained(k)}
+    return unflatten(trained), unflatten(frozen)
+
+  def join(self, trained: Params, frozen: Params) -> Params:
+    """Undoes `split`."""
+    return unflatten(flatten(trained) | flatten(frozen))
+
+  def is_trained(self, path: str) -> bool:
+    """Whether the leaf at this path (`a/b/c`) is trained."""
+    top = path.split("/")[0]
+    if top == "upper" and self.lora_rank:
+      return path.split("/")[-1] in lora.LEAVES
+    return top in ("upper", "final_norm", "head") or (
+      top == "embed" and self.train_embedding
+    )
+
+  def _trunk(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
+    """States before the final norm."""
+    self.architecture.check_row_length(batch.tokens.shape[1])
+    x = params["embed"]["embedding"][batch.tokens].astype(self.dtype)
+    for stack in ("lower", "upper"):
+      if stack not in params:
+        continue
+      rank = self.lora_rank if stack == "upper" else 0
+      x = run_stack(
+        self.architecture,
+        params[stack],
+        x,
+        batch.positions,
+        batch.subtree_end,
+        kind=self.attention,
+        remat=self.remat,
+        lora_rank=rank,
+        lora_alpha=self.lora_alpha,
+      )
+      # Below this point nothing is trained: no backward pass through it.
+      if stack == "lower" and not self.train_embedding:
+        x = jax.lax.stop_gradient(x)
+    return x
+
+  def _final_norm(self, params: Params, x: Array) -> Array:
+    eps = self.architecture.norm_eps
+    return rms_norm(x, params["final_norm"]["scale"], eps=eps)
+
+  def _readout_hidden(
+    self, params: Params, batch: Batch
+  ) -> Float[Array, "b s d"]:
+    """Final-norm states at the readouts; only these tokens are normed."""
+    x = self._trunk(params, batch)
+    x = jnp.take_along_axis(x, batch.readout[..., None], axis=1)
+    return self._final_norm(params, x)
+
+  def _vocabulary(self, params: Params, hidden: Array) -> Array:
+    """Logits of hidden states; float32 sums whatever the dtype."""
+    if self.architecture.tied:
+      kernel = params["embed"]["embedding"]
+    elif self.has_lm_head:
+      kernel = params["lm_head"]["kernel"]
+    else:
+      raise ValueError("no output embedding here: set keep_lm_head=True")
+    return jnp.einsum(
+      "...d,vd->...v",
+      hidden,
+      kernel.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+
+def _score(
+  hidden: Float[Array, "b s d"], kernel: Float[Array, "2 d"]
+) -> Float[Array, "b s 2"]:
+  """Head product in float32 at full precision: the score is a probability."""
+  return jnp.einsum(
+    "bsd,cd->bsc", hidden.astype(jnp.float32), kernel, precision="highest"
+  )
+
+
+def make(
+  config: ConfigDict,
+  *,
+  path: str = "",
+  vocab_size: int = 0,
+  safe_ids: Sequence[int] = (),
+  unsafe_ids: Sequence[int] = (),
+  row_length: int = 1024,
+) -> tuple[RewardModel, LoadParams]:
+  """Builds the model that the `model` part of a config describes.
+
+  Args:
+    config: the `model` part of `config.default()`.
+    path: used in place of `config.path` unless empty.
+    vocab_size: of the tokenizer; only read for `path == "random"`.
+    safe_ids: tokens for "complies", the first being that of " safe".
+    unsafe_ids: tokens for "violates", the first being that of " unsafe".
+    row_length: longest row, tokens.
+
+  Returns:
+    (model, load_params). `load_params(key, shardings=None)` gives float32
+    parameters: from the weights at `path` or random; `key` is only used for
+    what the weights do not determine. `shardings` is a tree like the
+    parameters' (see `pretrained.load_params`); each tensor then goes straight
+    to its shards.
+
+  Raises:
+    ValueError: for weights or choices that are not supported.
+  """
+  path = path or config.path
+  weights = None
+  if path == "random":
+    architecture = _random_architecture(config, vocab_size)
+  else:
+    weights = pretrained.open_weights(path)
+    architecture = Architecture.from_config(
+      weights.config, row_length=row_length
+    )
+  on_cpu = jax.default_backend() == "cpu"
+  dtype, attention = config.dtype, config.attention
+  if dtype == "auto":
+    dtype = "float32" if on_cpu else "bfloat16"
+  if attention == "auto":
+    attention = "blocks" if on_cpu else "dense"
+  model = RewardModel(
+    architecture=architecture,
+    head=config.head,
+    train_layers=config.train_layers,
+    train_embedding=config.train_embedding,
+    lora_rank=config.lora_rank,
+    lora_alpha=config.lora_alpha,
+    remat=config.remat,
+    dtype=dtype,
+    attention=attention,
+    safe_ids=tuple(safe_ids),
+    unsafe_ids=tuple(unsafe_ids),
+  )
+
+  def load_params(key: jax.Array, shardings: Params | None = None) -> Params:
+    if weights is None:
+      return jax.jit(model.init, out_shardings=shardings)(key)
+    safe_id = model.safe_ids[0] if model.safe_ids else -1
+    unsafe_id = model.unsafe_ids[0] if model.unsafe_ids else -1
+    params = pretrained.load_params(
+      weights,
+      architecture,
+      lower_layers=model.lower_layers,
+      lm_head=model.has_lm_head,
+      safe_id=safe_id,
+      unsafe_id=unsafe_id,
+      shardings=shardings,
+    )
+    params = model.with_adapters(params, key)
+    if shardings is None:
+      return params
+    # Only the adapters move here: the rest lies in its shards already.
+    places = flatten(shardings)
+    return unflatten(
+      {k: jax.device_put(v, places[k]) for k, v in flatten(params).items()}
+    )
+
+  return model, load_params
+
+
+def _random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
+  """The small Llama of `model.random`."""
+  sizes = config.random
+  if vocab_size < 1:
+    raise ValueError("model.path = 'random' needs the tokenizer's vocab_size")
+  if sizes.width % sizes.heads or sizes.heads % sizes.kv_heads:
+    raise ValueError(
+      f"model.random: heads = {sizes.heads} must divide width = {sizes.width} "
+      f"and be a multiple of kv_heads = {sizes.kv_heads}"
+    )
+  return Architecture.from_config(
+    {
+      "model_type": "llama",
+      "vocab_size": vocab_size,
+      "hidden_size": sizes.width,
+      "num_hidden_layers": sizes.layers,
+      "num_attention_heads": sizes.heads,
+      "num_key_value_heads": sizes.kv_heads,
+      "intermediate_size": sizes.ffn,
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 10000.0,
+      "tie_word_embeddings": True,
+      "max_position_embeddings": 8192,
+    }
+  )
