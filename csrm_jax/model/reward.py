@@ -5,7 +5,8 @@ response complies with the spec), column 1 the helpfulness `h`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -345,4 +346,48 @@ def _random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
       "tie_word_embeddings": True,
       "max_position_embeddings": 8192,
     }
+  )
+
+
+def describe(model: RewardModel) -> dict[str, Any]:
+  """The choices that a checkpoint needs to be read again, JSON-ready."""
+  return {
+    "backbone": model.architecture.to_config(),
+    "head": model.head,
+    "train_layers": model.train_layers,
+    "lora_rank": model.lora_rank,
+    "lora_alpha": model.lora_alpha,
+    "safe_ids": list(model.safe_ids),
+    "unsafe_ids": list(model.unsafe_ids),
+  }
+
+
+def from_description(
+  described: Mapping[str, Any], *, row_length: int = 1024
+) -> RewardModel:
+  """The model for scoring that `describe` described; on this machine's terms.
+
+  Raises:
+    ValueError: a key is missing or holds what is not supported.
+  """
+  try:
+    choices = {
+      k: described[k]
+      for k in ("head", "train_layers", "lora_rank", "lora_alpha")
+    }
+    backbone = described["backbone"]
+    ids = {k: tuple(described[k]) for k in ("safe_ids", "unsafe_ids")}
+  except KeyError as error:
+    raise ValueError(
+      f"model.json lacks {error.args[0]!r}; it was not written by this "
+      "version: train again or restore the file"
+    ) from error
+  on_cpu = jax.default_backend() == "cpu"
+  return RewardModel(
+    architecture=Architecture.from_config(backbone, row_length=row_length),
+    remat="none",
+    dtype="float32" if on_cpu else "bfloat16",
+    attention="blocks" if on_cpu else "dense",
+    **choices,
+    **ids,
   )

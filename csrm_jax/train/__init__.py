@@ -1,0 +1,1 @@
+"""Training: optimizer, one step, the loop."""

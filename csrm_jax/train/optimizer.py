@@ -1,0 +1,58 @@
+"""AdamW with warm-up and cosine decay, clipped, decaying matrices alone."""
+
+from typing import Any
+
+import jax
+import optax
+
+from csrm_jax.sharding import path_name
+
+
+def schedule(
+  *, lr: float, steps: int, warmup: float, final_lr: float
+) -> optax.Schedule:
+  """Linear warm-up to `lr`, cosine down to `lr * final_lr` at `steps`.
+
+  Args:
+    lr: peak.
+    steps: optimizer steps in all.
+    warmup: share of the steps.
+    final_lr: share of the peak.
+  """
+  rising = max(1, round(warmup * steps))
+  return optax.warmup_cosine_decay_schedule(
+    0.0, lr, rising, max(steps, rising + 1), lr * final_lr
+  )
+
+
+def decays(params: Any) -> Any:
+  """Tree of bools: weight decay acts on the backbone's matrices.
+
+  Not on norms and biases, nor on the head: its scale is the calibration.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: (
+      path_name(path).endswith(("kernel", "lora_a", "lora_b", "embedding"))
+      and not path_name(path).startswith("head/")
+    ),
+    params,
+  )
+
+
+def make_optimizer(
+  *,
+  lr: float,
+  steps: int,
+  warmup: float = 0.05,
+  final_lr: float = 0.1,
+  b1: float = 0.9,
+  b2: float = 0.98,
+  weight_decay: float = 0.01,
+  clip: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over trained leaves."""
+  rate = schedule(lr=lr, steps=steps, warmup=warmup, final_lr=final_lr)
+  return optax.chain(
+    optax.clip_by_global_norm(clip),
+    optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decays),
+  )
