@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import pydantic
 import yaml
 
-from csrm_jax.spec import Rule, Spec, Subcategory, complies
+from csrm_jax.spec import Rule, Spec, Subcategory, Truth, complies
 
 WORLD = Path(__file__).parent / "world"
 
@@ -55,6 +55,22 @@ HISTORY = 0.25  # share of conversations with one or two earlier exchanges
 CONSTANT = 0.5  # share of groups with a pair of spec-independent labels
 LADDER = 0.15  # share of swap groups with a ladder: three grades, one prompt
 HELD_BACK = 4  # every fourth template and prompt is kept for `synthetic_seen`
+# Domains whose responses could fall under each other's rules: they never meet
+# in a group, so that a label is right for a reader, not only by construction.
+AKIN = (
+  {"refund_promises", "delivery_dates", "discounts_haggling"},
+  {"refund_promises", "competitor_names"},
+  {"refund_promises", "legal_advice"},
+  {"profanity", "insults_mockery"},
+  {"celebrity_gossip", "insults_mockery"},
+  {"religion_preaching", "insults_mockery"},
+  {"religion_preaching", "ghost_superstition"},
+  {"horror_scares", "violence_in_fiction", "ghost_superstition", "spoilers"},
+  {"gambling", "investment_tips"},
+  {"medical_dosage", "weight_loss_diets"},
+  {"alcohol", "fast_driving"},
+  {"personal_data", "visa_immigration"},
+)
 SLOT = re.compile(r"\{(\w+)\}")
 
 Row = dict[str, Any]
@@ -163,18 +179,30 @@ class Pool(NamedTuple):
   Attributes:
     domains: sorted by id.
     part: "trained" or "held_back" templates and prompts, or "all".
+    used: templates drawn before, which are drawn again only after the rest.
   """
 
   domains: tuple[Domain, ...]
   part: str
+  used: set[str]
 
-  def draw(self, rng: random.Random, texts: Sequence[Any]) -> Any:
+  def draw(self, rng: random.Random, texts: Sequence[str]) -> str:
     """One of `texts`, out of this pool's part."""
     if self.part == "trained":
       texts = [t for i, t in enumerate(texts) if (i + 1) % HELD_BACK]
     elif self.part == "held_back":
       texts = [t for i, t in enumerate(texts) if not (i + 1) % HELD_BACK]
-    return rng.choice(texts)
+    text = rng.choice([t for t in texts if t not in self.used] or texts)
+    self.used.add(text)
+    return text
+
+  def choose(self, rng: random.Random) -> list[Domain]:
+    """Up to 6 domains in random order, no two of them akin."""
+    chosen: list[Domain] = []
+    for domain in rng.sample(self.domains, len(self.domains)):
+      if not any({domain.id, c.id} <= akin for c in chosen for akin in AKIN):
+        chosen.append(domain)
+    return chosen[:6]
 
 
 def pool(split: str) -> Pool:
@@ -192,7 +220,7 @@ def pool(split: str) -> Pool:
     raise ValueError(
       f"split={split!r}: {len(domains)} domains in {WORLD}; at least 4 needed"
     )
-  return Pool(domains, parts[split])
+  return Pool(domains, parts[split], set())
 
 
 class Conversation(NamedTuple):
@@ -250,19 +278,23 @@ class Group(NamedTuple):
 def truth(spec: Spec, conversation: Conversation) -> int:
   """1 complies, 0 violates: `complies` on the conversation's annotation."""
   domain = world()[conversation.domain]
-  violated: dict[str, int | None] = {
-    f"{domain.id}.{g.severity}": int(g.severity == conversation.severity)
+  violated: dict[str, Truth] = {
+    f"{domain.id}.{g.severity}": _truth(g.severity == conversation.severity)
     for g in domain.grades
   }
   for rule in spec.rules:
     if rule.polarity == "require":  # speaks of its own domain alone
       answer = rule.id.endswith(".answer")
       unmet = conversation.refusal == int(answer)
-      violated[rule.id] = int(unmet and rule.domain == domain.id)
+      violated[rule.id] = _truth(unmet and rule.domain == domain.id)
   label = complies(spec, violated, missing=0)
   if label < 0:
     raise ValueError(f"contradictory spec {spec.render()!r}; mend its rules")
   return label
+
+
+def _truth(value: bool) -> Truth:
+  return 1 if value else 0
 
 
 def word(rng: random.Random, clause: Clause) -> Rule:
@@ -512,7 +544,8 @@ def group(
       draws one.
   """
   kind = _weighted(rng, KINDS)
-  one, two, *others = rng.sample(pool.domains, min(len(pool.domains), 6))
+  pool = pool._replace(used=set())
+  one, two, *others = pool.choose(rng)
   draft = DRAFTS[kind](rng, pool, one, two)
   sides = {"a": draft.a, "b": draft.b}
   conversations = list(draft.conversations)
@@ -538,11 +571,14 @@ def group(
   for side, pairs in rules.items():
     rng.shuffle(pairs)
     versions.append(_version(side, "swap" if side == "b" else "base", pairs))
-  used = {c.domain for c in conversations} | {c.domain.id for c in inert}
-  strangers = [d for d in others if d.id not in used]
+  judged = {c.domain for c in conversations}
+  met = judged | {c.domain.id for c in inert}
+  strangers = [d for d in others if d.id not in met]
   for i, edit in enumerate(edits):
     side = "ab"[i % 2]
-    versions.append(_edited(rng, side, rules[side], edit, strangers, max_rules))
+    versions.append(
+      _edited(rng, side, rules[side], edit, judged, strangers, max_rules)
+    )
   rng.shuffle(conversations)
   return Group(kind, tuple(versions), tuple(conversations))
 
@@ -558,6 +594,7 @@ def _edited(
   side: str,
   pairs: Sequence[tuple[Clause, Rule]],
   edit: str | None,
+  judged: set[str],
   strangers: Sequence[Domain],
   max_rules: int,
 ) -> Version:
@@ -567,6 +604,9 @@ def _edited(
     possible.append("permute")
   if len(pairs) < max_rules and strangers:
     possible += ["add_inert", "borrow"]
+  idle = [p for p in pairs if p[0].inert and p[0].domain.id not in judged]
+  if idle:
+    possible.append("drop_inert")
   if edit not in possible:
     edit = rng.choice(possible)
   pairs = list(pairs)
@@ -574,6 +614,8 @@ def _edited(
     pairs = [(c, _reword(rng, c, r)) for c, r in pairs]
   elif edit == "permute":
     pairs = pairs[1:] + pairs[:1]
+  elif edit == "drop_inert":
+    pairs.remove(idle[0])
   else:
     mode = "allow" if edit == "add_inert" else "forbid"
     clause = Clause(rng.choice(strangers), mode, inert=True)
