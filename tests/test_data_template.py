@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import tiny
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
 from csrm_jax.data import template
 from csrm_jax.data import tokenizer as tokenizer_lib
@@ -98,6 +100,28 @@ def test_verdicts_follow_the_cue_as_single_tokens(style):
     (token,) = tokenizer.encode(word)
     assert tokenizer.encode("Verdict:" + word)[-1] == token
   assert ids[-1] != tokenizer.special(template.pad_token(tokenizer))
+
+
+def test_verdict_ids_are_single_tokens_in_disjoint_sets():
+  tokenizer = tiny.tokenizer()
+  safe, unsafe = template.verdict_ids(tokenizer)
+
+  assert [safe[0]] == tokenizer.encode(" safe")
+  assert [unsafe[0]] == tokenizer.encode(" unsafe")
+  assert not set(safe) & set(unsafe)
+  assert tokenizer.encode("un")[0] not in unsafe
+
+
+def test_verdict_ids_are_none_where_a_word_is_in_pieces():
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  vocab = {c: i for i, c in enumerate(alphabet)}
+  backend.model = models.BPE(vocab=vocab, merges=[])
+  backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+  letters = tokenizer_lib.Tokenizer(backend, {}, "letters")
+
+  assert template.verdict_ids(letters) == ((), ())
 
 
 @pytest.mark.parametrize("style", STYLES)

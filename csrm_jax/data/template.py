@@ -290,6 +290,30 @@ def pad_token(tokenizer: Tokenizer) -> str:
   return free[0]
 
 
+def verdict_ids(
+  tokenizer: Tokenizer,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Tokens that say "complies" and "violates" right after the cue.
+
+  Words that take more than one token are left out, since their first piece
+  ("un") says nothing; both sets are empty if that leaves out " safe" or
+  " unsafe", which come first: the head then starts at zero.
+  """
+  cue = FORMATS[tokenizer.style].cue
+  before = tokenizer.encode_marked(cue)
+
+  def after_cue(*words: str) -> list[int]:
+    ids = [tokenizer.encode_marked(cue + word) for word in words]
+    n = len(before)
+    return [i[n] if len(i) == n + 1 and i[:n] == before else -1 for i in ids]
+
+  safe = after_cue(" safe", "safe", " Safe", "Safe")
+  unsafe = after_cue(" unsafe", "unsafe", " Unsafe", "Unsafe")
+  if safe[0] < 0 or unsafe[0] < 0 or set(safe) & set(unsafe) - {-1}:
+    return (), ()
+  return tuple(i for i in safe if i >= 0), tuple(i for i in unsafe if i >= 0)
+
+
 def jinja(tokenizer: Tokenizer, *, helpfulness: bool = False) -> str:
   """The same prompt as a chat template of transformers, taking `spec=`.
 
