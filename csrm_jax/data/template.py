@@ -362,30 +362,3 @@ def jinja(tokenizer: Tokenizer, *, helpfulness: bool = False) -> str:
     "{%- endfor -%}\n"
     "{{- " + json.dumps(form.cue) + " -}}"
   )
-
-
-def verdict_ids(
-  tokenizer: Tokenizer,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Ids of the words that would follow the cue: ("safe", ...), ("unsafe", ...).
-
-  Of the spellings with and without leading space and capital, those that are
-  one token; " safe" and " unsafe" come first and must be.
-
-  Raises:
-    ValueError: " safe" or " unsafe" is not a single token.
-  """
-
-  def single(*words: str) -> tuple[int, ...]:
-    coded = [tokenizer.encode(word) for word in words]
-    if len(coded[0]) != 1:
-      raise ValueError(
-        f"{tokenizer.origin}: {words[0]!r} is {len(coded[0])} tokens, the head "
-        "starts from a single one; use another backbone"
-      )
-    return tuple(ids[0] for ids in coded if len(ids) == 1)
-
-  return (
-    single(" safe", "safe", " Safe", "Safe"),
-    single(" unsafe", "unsafe", " Unsafe", "Unsafe"),
-  )
