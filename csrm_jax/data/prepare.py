@@ -49,20 +49,6 @@ def is_heldout(family: str, *, seed: int, share: float) -> bool:
   return int.from_bytes(digest[:8], "little") < share * 2**64
 
 
-def family_of(row: Mapping[str, Any]) -> str:
-  """The row's family: its own key, else a hash of the conversation so far."""
-  if "family" in row:
-    return row["family"]
-  if "prompt" in row:
-    prompt = row["prompt"]
-  elif "ladder" in row:
-    prompt = row["ladder"][0]["messages"][:-1]
-  else:
-    prompt = row["messages"][:-1]
-  text = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class _Family:
   """Collects the segments and pairs of one family; equal tokens merge."""
 
@@ -137,7 +123,7 @@ def examples(
       bad(row, str(error))
       continue
     counts[f"rows_{kind}"] = counts.get(f"rows_{kind}", 0) + 1
-    name = family_of(row)
+    name = row.get("family") or sources.family_of(row)
     family = families.setdefault(name, _Family(name))
     weight = float(row.get("weight", 1.0))
     margin = float(row.get("margin", 0.0))
@@ -253,7 +239,7 @@ def prepare(
       counts=counts,
     )
     for row in rows:
-      family = family_of(row)
+      family = row["family"]
       if is_heldout(family, seed=config.seed, share=data.heldout):
         heldout_families.add(family)
         held.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -20,7 +20,6 @@ from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
 from csrm_jax.data import tokenizer as tokenizers
 from csrm_jax.data.tokenizer import Tokenizer
-from csrm_jax.eval import calibrate
 from csrm_jax.losses import TERMS
 from csrm_jax.model import reward
 from csrm_jax.model.reward import LoadParams, RewardModel
@@ -93,6 +92,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     return result
   result["params_sha256"] = checkpoint.params_sha256(state.params)
   del state
+  from csrm_jax.eval import calibrate
   result |= calibrate.calibrate_workdir(workdir, data / "heldout.jsonl")
   _write_json(workdir / "result.json", result)
   return result

@@ -1,0 +1,38 @@
+"""Writes packed rows and their manifest into WORKDIR/data.
+
+python launch/prepare.py --config=configs/csrm_smollm2.py \
+  --config.data.source=beavertails --config.data.path=DATA --workdir=DIR
+"""
+
+import json
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from csrm_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Rows go to its folder data/")
+
+
+def main(_):
+  from csrm_jax.data.prepare import prepare
+  from csrm_jax.train.loop import load_tokenizer
+
+  with errors.told():
+    config = _CONFIG.value
+    folder = Path(_WORKDIR.value) / "data"
+    meta = prepare(config, folder, load_tokenizer(config))
+    print(json.dumps(meta, indent=2))
+    counts = meta["counts"]
+    shared = counts["tokens_alone"] / max(counts["tokens_in_tries"], 1)
+    print(
+      f"{meta['rows']} rows in {folder}; shared prefixes save {shared:.1f} x "
+      f"tokens; {counts.get('quarantined', 0)} rows quarantined"
+    )
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)
