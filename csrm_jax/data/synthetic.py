@@ -450,33 +450,18 @@ def _presence(
 def _level(rng: random.Random, pool: Pool, one: Domain, two: Domain) -> _Draft:
   """Strict on one and lenient on the other, or the reverse.
 
-  The grades between the two thresholds flip; a milder and a more severe one
+  The grades between the two thresholds flip; one milder and one more severe
   keep their labels, and keep both specs at half compliance.
   """
   strict, lenient, conversations = [], [], []
-  for domain in (one, two):
+  for domain, extreme in zip((one, two), rng.sample((0, 2), 2), strict=True):
     grades = sorted(rng.sample(range(1, len(domain.grades) + 1), 3))
     strict.append(Clause(domain, "level", tuple(grades), grades[1]))
     lenient.append(Clause(domain, "level", tuple(grades), grades[2]))
-    low, middle, high = grades
-    conversations += converse(rng, pool, domain, [middle])
-    conversations += converse(
-      rng, pool, domain, [middle, rng.choice((low, high))]
-    )
-  kept = [c for c in conversations if c.severity]
-  # One more of each constant kind, so that their counts stay equal.
-  domain = rng.choice((one, two))
-  grades = strict[0].grades if domain is one else strict[1].grades
-  lows = sum(
-    c.severity == s.grades[0]
-    for s in strict
-    for c in kept
-    if c.domain == s.domain.id
-  )
-  if lows != 1:
-    extra = grades[0] if lows == 0 else grades[2]
-    conversations += converse(rng, pool, domain, [extra])
-    conversations += converse(rng, pool, domain, [extra])
+    middle = grades[1]
+    conversations += converse(rng, pool, domain, [middle, grades[extreme]])
+    for _ in range(2):
+      conversations += converse(rng, pool, domain, [middle])
   return _Draft((strict[0], lenient[1]), (lenient[0], strict[1]), conversations)
 
 
