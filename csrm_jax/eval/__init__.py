@@ -1,0 +1,1 @@
+"""Evaluation: suites, judges, calibration, the report and its plots."""

@@ -1,0 +1,420 @@
+"""Evaluation: suites x judges to report.json, rows.jsonl, PNGs and a table."""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.special import expit
+
+from csrm_jax import metrics, score
+from csrm_jax.data import sources, template
+from csrm_jax.eval import judges as judging
+from csrm_jax.eval import plots, suites
+from csrm_jax.eval.judges import Judge
+from csrm_jax.eval.suites import Suite
+
+METRICS = (
+  "auroc",
+  "auprc",
+  "f1_unsafe",
+  "f1_safe",
+  "ece",
+  "smece",
+  "brier",
+  "nll",
+  "preference_accuracy",
+  "flip_recall",
+  "spurious_flips",
+)
+
+
+class Model(NamedTuple):
+  """The model under evaluation.
+
+  Attributes:
+    judge: its calibrated log-odds.
+    facts: what the report says of it: fingerprints, temperature.
+    temperature: that the log-odds were divided by.
+  """
+
+  judge: Judge
+  facts: dict[str, Any]
+  temperature: float
+
+
+def evaluate(
+  model: str | Path | Judge,
+  suite_names: str | Sequence[str],
+  *,
+  data: str | Path | None = None,
+  output: str | Path | None = None,
+  judge_names: Sequence[str] = judging.NAMES,
+  train_rows: str | Path | None = None,
+  rows: int = 0,
+  bootstrap: int = 500,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Judges suites with a model and its baselines.
+
+  Args:
+    model: a workdir, a checkpoint or a Hugging Face folder; or any judge, a
+      function from rows to log-odds.
+    suite_names: of `suites.read`, one string joined by commas or several.
+    data: folder of real sets or of prepared rows.
+    output: where the report goes, usually report.json; rows.jsonl and the
+      PNGs go beside it. None: nothing is written.
+    judge_names: of `judges.NAMES`.
+    train_rows: .jsonl file that `tfidf` learns from; default: the rows that
+      the model was trained on.
+    rows: of each suite, by whole families; 0: all.
+    bootstrap: resamples of conversation families for the 95 % intervals.
+    seed: of synthetic suites, of the shuffled specs and of the resamples.
+
+  Returns:
+    The report, as written.
+
+  Raises:
+    ValueError: an unknown suite or judge, a bad row, a folder without model.
+  """
+  began = time.perf_counter()
+  if isinstance(suite_names, str):
+    suite_names = [n.strip() for n in suite_names.split(",") if n.strip()]
+  _check_names(suite_names, judge_names)
+  folder = None if callable(model) else Path(model)
+  loaded = [
+    suites.read(name, data=data, model=folder, rows=rows, seed=seed)
+    for name in dict.fromkeys(suite_names)
+  ]
+  entry = open_model(model)
+  panel, notes = _panel(entry, judge_names, folder, train_rows, loaded, seed)
+  report: dict[str, Any] = {
+    "model": entry.facts,
+    "seconds": 0.0,
+    "peak_memory_gib": 0.0,
+    "suites": {},
+  }
+  lines: list[dict[str, Any]] = []
+  scored: dict[str, plots.Scored] = {}
+  for suite in loaded:
+    described = describe(suite)
+    # Nobody sees a label, a family or an edit.
+    questions = [
+      {k: row[k] for k in ("id", "messages", "spec") if k in row}
+      for row in suite.rows
+    ]
+    for name, judge in panel.items():
+      try:
+        odds = np.asarray(judge(questions), np.float64)
+      except ValueError as error:
+        if name == "csrm":
+          raise
+        notes.append(f"{suite.name}: {error}")
+        continue
+      described["judges"][name] = measure(
+        suite,
+        odds,
+        temperature=entry.temperature if name == "csrm" else 1.0,
+        bootstrap=bootstrap,
+        seed=seed,
+      )
+      lines += _lines(suite, name, odds)
+      if name == "csrm":
+        scored[suite.name] = _scored(suite, odds, entry.temperature)
+    report["suites"][suite.name] = described
+    if suite.note:
+      notes.append(f"{suite.name}: {suite.note}")
+  report["seconds"] = time.perf_counter() - began
+  report["peak_memory_gib"] = peak_memory_gib()
+  if notes:
+    report["notes"] = notes
+  if output is not None:
+    _write(Path(output), report, lines, scored, folder)
+  return report
+
+
+def open_model(model: str | Path | Judge) -> Model:
+  """A model folder, or a function from rows to log-odds, as a `Model`."""
+  if callable(model):
+    return Model(model, {}, 1.0)
+  loaded = score.load(model)
+  facts = {
+    "model_fingerprint": loaded.fingerprint,
+    "template_fingerprint": template.fingerprint(loaded.tokenizer),
+    "tokenizer_fingerprint": loaded.tokenizer.fingerprint(),
+    "temperature": loaded.temperature,
+  }
+  return Model(judging.csrm(loaded), facts, loaded.temperature)
+
+
+def _check_names(
+  suite_names: Sequence[str], judge_names: Sequence[str]
+) -> None:
+  if not suite_names:
+    raise ValueError(
+      "--suite is empty; name suites or .jsonl files, joined by commas"
+    )
+  for name in judge_names:
+    if name not in judging.NAMES:
+      raise ValueError(
+        f"--judges: {name!r}: no such judge; use {', '.join(judging.NAMES)}"
+      )
+
+
+def _panel(
+  entry: Model,
+  names: Sequence[str],
+  folder: Path | None,
+  train_rows: str | Path | None,
+  loaded: Sequence[Suite],
+  seed: int,
+) -> tuple[dict[str, Judge], list[str]]:
+  """Judges by name, in the order asked for, and notes on those left out."""
+  panel: dict[str, Judge] = {}
+  notes: list[str] = []
+  for name in names:
+    if name == "csrm":
+      panel[name] = entry.judge
+    elif name == "spec_shuffled":
+      panel[name] = judging.spec_shuffled(entry.judge, seed=seed)
+    elif name == "always_unsafe":
+      panel[name] = judging.always_unsafe
+    elif train_rows:
+      panel[name] = judging.tfidf(sources.read_rows(train_rows))
+    else:
+      if suites.workdir_of(folder) is None and any(
+        s.name not in suites.SYNTHETIC for s in loaded
+      ):
+        notes.append(
+          "tfidf left out: the model's training rows are unknown; give "
+          "--train_rows=FILE"
+        )
+        continue
+      try:
+        panel[name] = judging.tfidf(suites.training_rows(folder))
+      except ValueError as error:
+        notes.append(f"tfidf left out: {error}")
+  return panel, notes
+
+
+def describe(suite: Suite) -> dict[str, Any]:
+  """What a suite is, before anybody judges it."""
+  labelled = [r for r in suite.rows if "label" in r]
+  described: dict[str, Any] = {
+    "rows": len(suite.rows),
+    "families": len({r["family"] for r in suite.rows}),
+    "pairs": len(suite.pairs),
+  }
+  if labelled:
+    weight = np.array([r["weight"] for r in labelled])
+    gold = metrics.complies(np.array([float(r["label"]) for r in labelled]))
+    described["base_rate"] = float(weight @ gold / weight.sum())
+  return described | {"judges": {}}
+
+
+def measure(
+  suite: Suite,
+  log_odds: Float[np.ndarray, " n"],
+  *,
+  temperature: float = 1.0,
+  bootstrap: int = 500,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Every metric that the suite allows, with bootstrap intervals.
+
+  `auprc` seeks violating rows, like `f1_unsafe`; `auprc_safe` complying ones.
+  With a temperature, `nll_uncalibrated` and its like are of the raw log-odds.
+
+  Args:
+    suite: rows and pairs.
+    log_odds: calibrated, one for each row; NaN: no answer.
+    temperature: that they were divided by.
+    bootstrap: resamples.
+    seed: of the resamples.
+  """
+  at = np.array([i for i, r in enumerate(suite.rows) if "label" in r], int)
+  place = {int(i): n for n, i in enumerate(at)}
+  rows = [suite.rows[i] for i in at]
+  z, label = log_odds[at], np.array([float(r["label"]) for r in rows])
+  base = np.array([place.get(r.get("base_row", -1), -1) for r in rows], int)
+  pairs = [
+    p
+    for p in suite.pairs
+    if np.isfinite(log_odds[p.win]) and np.isfinite(log_odds[p.lose])
+  ]
+  win = log_odds[[p.win for p in pairs]] if pairs else np.zeros(0)
+  lose = log_odds[[p.lose for p in pairs]] if pairs else np.zeros(0)
+  kinds = np.array([p.kind for p in pairs], str)
+  p, raw = expit(z), z * temperature
+
+  def values(weight: np.ndarray) -> dict[str, np.ndarray]:
+    w, of_pairs = weight[..., : len(rows)], weight[..., len(rows) :]
+    found = {
+      "auroc": metrics.auroc(z, label, w),
+      "auprc": metrics.auprc(z, label, w, positive=0),
+      "auprc_safe": metrics.auprc(z, label, w),
+      "f1_unsafe": metrics.f1_unsafe(z, label, w),
+      "f1_safe": metrics.f1_safe(z, label, w),
+      "ece": metrics.ece(p, label, w),
+      "smece": metrics.smece(p, label, w),
+      "brier": metrics.brier(p, label, w),
+      "nll": metrics.nll(z, label, w),
+      "flip_recall": metrics.flip_recall(z, label, base, w),
+      "spurious_flips": metrics.spurious_flips(z, label, base, w),
+    }
+    if not rows:
+      found = {}
+    elif temperature != 1.0:
+      found |= {
+        "ece_uncalibrated": metrics.ece(expit(raw), label, w),
+        "smece_uncalibrated": metrics.smece(expit(raw), label, w),
+        "nll_uncalibrated": metrics.nll(raw, label, w),
+      }
+    accuracy = metrics.preference_accuracy
+    found["preference_accuracy"] = accuracy(win, lose, of_pairs)
+    for kind in sorted(set(kinds.tolist())):
+      one = kinds == kind
+      found[f"preference_accuracy_{kind}"] = accuracy(
+        win[one], lose[one], of_pairs[..., one]
+      )
+    return found
+
+  weight = np.array([r["weight"] for r in rows] + [p.weight for p in pairs])
+  groups = [r["family"] for r in rows]
+  groups += [suite.rows[p.win]["family"] for p in pairs]
+  result: dict[str, Any] = {
+    name: float(value)
+    for name, value in values(weight).items()
+    if np.isfinite(value)
+  }
+  spread = metrics.intervals(
+    values, groups, weight, resamples=bootstrap, seed=seed
+  )
+  result["intervals"] = {k: list(v) for k, v in spread.items() if k in result}
+  skipped = len(suite.pairs) - len(pairs)
+  if skipped:
+    result["pairs_without_answer"] = skipped
+  return result
+
+
+def _scored(
+  suite: Suite, log_odds: np.ndarray, temperature: float
+) -> plots.Scored:
+  at = [i for i, r in enumerate(suite.rows) if "label" in r]
+  place = {i: n for n, i in enumerate(at)}
+  rows = [suite.rows[i] for i in at]
+  return plots.Scored(
+    log_odds[at],
+    np.array([float(r["label"]) for r in rows]),
+    np.array([place.get(r.get("base_row", -1), -1) for r in rows], int),
+    [r.get("edit", "") for r in rows],
+    temperature,
+  )
+
+
+def _lines(
+  suite: Suite, judge: str, log_odds: np.ndarray
+) -> list[dict[str, Any]]:
+  """rows.jsonl: one line per row and judge."""
+  lines = []
+  for row, z in zip(suite.rows, log_odds, strict=True):
+    line: dict[str, Any] = {
+      "suite": suite.name,
+      "judge": judge,
+      "id": row["id"],
+    }
+    if "spec" not in row:
+      line["helpfulness"] = float(z) if np.isfinite(z) else None
+    else:
+      line |= {
+        "log_odds": float(z),
+        "p_comply": float(expit(z)),
+        "verdict": "comply" if metrics.verdict(z) else "violate",
+      }
+    keys = ("label", "weight", "family", "base", "edit", "source")
+    lines.append(line | {k: row[k] for k in keys if k in row})
+  return lines
+
+
+def peak_memory_gib() -> float:
+  """Largest resident size of this process so far."""
+  # Linux counts KiB, macOS bytes.
+  unit = 1 if os.uname().sysname == "Darwin" else 1024
+  usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return usage * unit / 2**30
+
+
+def _write(
+  output: Path,
+  report: dict[str, Any],
+  lines: Sequence[dict[str, Any]],
+  scored: Mapping[str, plots.Scored],
+  folder: Path | None,
+) -> None:
+  """The report last: where it stands, the rest stands too."""
+  output.parent.mkdir(parents=True, exist_ok=True)
+  beside = output.parent
+  with (beside / "rows.jsonl").open("w", encoding="utf-8") as out:
+    for line in lines:
+      out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+  labelled = {k: s for k, s in scored.items() if len(s.label)}
+  if labelled:
+    plots.reliability(labelled, beside / "reliability.png")
+  flipping = {
+    name: suite
+    for name, suite in report["suites"].items()
+    if any(
+      m in judge
+      for judge in suite["judges"].values()
+      for m in ("flip_recall", "spurious_flips")
+    )
+  }
+  if flipping:
+    plots.flips(flipping, scored, beside / "flips.png")
+  if folder is not None:
+    plots.training(suites.workdir_of(folder) or folder, beside / "training.png")
+  partial = output.with_name(output.name + ".partial")
+  text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+  partial.write_text(text + "\n", encoding="utf-8")
+  os.replace(partial, output)
+
+
+def table(report: Mapping[str, Any]) -> str:
+  """The report as lines of text, a block a suite, a line a judge."""
+  out = []
+  for name, suite in report["suites"].items():
+    head = f"{name}: {suite['rows']} rows, {suite['pairs']} pairs"
+    if "base_rate" in suite:
+      rate = suite["base_rate"]
+      # F1, of its own class, of the judge that always names the larger one.
+      larger = max(rate, 1.0 - rate)
+      head += (
+        f", {rate:.1%} comply, majority F1 {2 * larger / (1 + larger):.3f}"
+      )
+    out.append(head)
+    shown = [
+      m
+      for m in METRICS
+      if any(m in judge for judge in suite["judges"].values())
+    ]
+    out.append(" " * 15 + "".join(f"{_heading(m):>12}" for m in shown))
+    for judge, values in suite["judges"].items():
+      cells = [f"{values[m]:.3f}" if m in values else "-" for m in shown]
+      out.append(f"{judge:<15}" + "".join(f"{c:>12}" for c in cells))
+    out.append("")
+  out += [f"note: {note}" for note in report.get("notes", [])]
+  out.append(
+    f"{report['seconds']:.0f} s, peak memory "
+    f"{report['peak_memory_gib']:.2f} GiB"
+  )
+  return "\n".join(out)
+
+
+def _heading(metric: str) -> str:
+  short = {"preference_accuracy": "pref_acc", "spurious_flips": "spurious"}
+  return short.get(metric, metric)

@@ -1,0 +1,86 @@
+"""Evaluates a reward model and its baselines on suites.
+
+python launch/evaluate.py --model=runs/demo \
+    --suite=synthetic_seen,synthetic_unseen --output=runs/demo/report.json
+
+Writes the report and, beside it, rows.jsonl (a line per row and judge),
+reliability.png, flips.png and training.png; prints a table.
+"""
+
+import argparse
+
+from csrm_jax import errors
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--model", help="workdir, checkpoint or Hugging Face folder"
+  )
+  parser.add_argument(
+    "--suite",
+    help="synthetic_seen, synthetic_unseen, heldout (rows that preparation"
+    " kept from training), beavertails, pku_pairs, polyguard (their held-out"
+    " families) or a .jsonl file; several joined by commas",
+  )
+  parser.add_argument(
+    "--data", help="folder of the real sets; for heldout of prepared rows"
+  )
+  parser.add_argument("--output", help="the report, a .json file")
+  parser.add_argument(
+    "--judges",
+    default="csrm,spec_shuffled,always_unsafe,tfidf",
+    help="joined by commas",
+  )
+  parser.add_argument(
+    "--train_rows",
+    help=".jsonl file that tfidf learns from; default: what the model did",
+  )
+  parser.add_argument(
+    "--rows",
+    type=int,
+    default=0,
+    help="of each suite, by whole families; 0: all (synthetic: 400)",
+  )
+  parser.add_argument(
+    "--bootstrap",
+    type=int,
+    default=500,
+    help="resamples for the 95 %% intervals; 0: none",
+  )
+  parser.add_argument(
+    "--seed", type=int, default=0, help="of synthetic suites and resamples"
+  )
+  flags = parser.parse_args()
+  for name, example in (
+    ("model", "--model=runs/demo"),
+    ("suite", "--suite=synthetic_unseen, or --suite=rows.jsonl"),
+    ("output", "--output=report.json"),
+  ):
+    if not getattr(flags, name):
+      parser.error(f"--{name} is missing; give {example}")
+  for name in ("rows", "bootstrap"):
+    if getattr(flags, name) < 0:
+      parser.error(f"--{name}={getattr(flags, name)}: give 0 or more")
+  with errors.told():
+    from csrm_jax.eval import run
+
+    report = run.evaluate(
+      flags.model,
+      flags.suite,
+      data=flags.data,
+      output=flags.output,
+      judge_names=[n.strip() for n in flags.judges.split(",") if n.strip()],
+      train_rows=flags.train_rows,
+      rows=flags.rows,
+      bootstrap=flags.bootstrap,
+      seed=flags.seed,
+    )
+    print(run.table(report))
+  print(f"wrote {flags.output}")
+
+
+if __name__ == "__main__":
+  main()
