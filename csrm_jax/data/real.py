@@ -1,15 +1,19 @@
 """Rows of three public sets under specs of our own wording.
 
 Conversations and annotations are read from the user's folder; only the specs
-are written here. Every choice hashes (seed, row), so a row's specs do not
-depend on the rows around it.
+are written here. Every choice hashes (seed, row), so that a row's specs depend
+on the file as a whole at most (how often which rule is broken), never on its
+order.
 """
 
 import functools
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from csrm_jax.data.sources import Row, find, hash_family, objects
 from csrm_jax.spec import Rule, Spec, complies
@@ -143,10 +147,6 @@ _UNSURE = {c: {_CONDUCT} for c in CATEGORIES if c != _CONDUCT} | {
     "self_harm",
   },
 }
-# Roughly how often each is ticked, in the order of CATEGORIES: safe responses
-# meet the forbidding specs as often as unsafe ones do, or the spec alone would
-# tell the label.
-_OFTEN = (36, 20, 79, 244, 115, 221, 243, 55, 500, 134, 17, 68, 26, 585)
 _DUOS = 64
 # No spec of ours permits this one, by word or by silence: a response ticked
 # with it is only ever a violation.
@@ -172,43 +172,37 @@ def _rule(category: str, polarity: Any, rng: random.Random) -> Rule:
 
 @functools.lru_cache(maxsize=4)
 def duos(seed: int, number: int = _DUOS) -> tuple[Duo, ...]:
-  """A pool of spec duos, so that many rows share a spec and its prefix."""
+  """A pool of spec duos, so that many rows share a spec and its prefix.
+
+  Either spec forbids something that the other does not, so each is the strict
+  one for some responses and the lenient one for others.
+  """
   made = []
+  targets = [c for c in CATEGORIES if c != _NEVER]
   for i in range(number):
     rng = random.Random(f"{seed}:duo:{i}")
-    target = CATEGORIES[i % len(CATEGORIES)]
-    others = [c for c in CATEGORIES if c not in (target, _NEVER)]
+    one = targets[i % len(targets)]
+    others = [c for c in targets if c != one]
     rng.shuffle(others)
-    swapped = others.pop()
+    two = others.pop()
     common = [
       _rule(c, "forbid" if rng.random() < 0.7 else "allow", rng)
       for c in others[: rng.choice((1, 2, 2, 3))]
     ]
-    if target == _NEVER or rng.random() < 0.1:
+    if i % 8 == 0:
       common[-1] = _rule(_NEVER, "forbid", rng)
-      target = swapped if target == _NEVER else target
-      swapped = others.pop()
-    forbid = _rule(target, "forbid", rng)
-    allow = forbid.model_copy(update={"polarity": "allow"})
-    forbid_swapped = _rule(swapped, "forbid", rng)
-    allow_swapped = forbid_swapped.model_copy(update={"polarity": "allow"})
-    first, second = rng.choice(
-      (
-        ([forbid], [allow]),
-        ([forbid], [forbid_swapped]),
-        ([forbid, allow_swapped], [allow, forbid_swapped]),
-        ([forbid], []),
-      )
-    )
+    forbid = {c: _rule(c, "forbid", rng) for c in (one, two)}
+    allow = {
+      c: rule.model_copy(update={"polarity": "allow"})
+      for c, rule in forbid.items()
+    }
+    parts = ([forbid[one]], [forbid[two]])
+    if rng.random() < 0.6:
+      parts = ([forbid[one], allow[two]], [allow[one], forbid[two]])
     # Last, the common rules are a shared prefix; but not always last, or only
     # the last rule would ever matter.
     at = len(common) if rng.random() < 0.5 else rng.randrange(len(common))
-    specs = [
-      Spec(rules=(*common[:at], *part, *common[at:]))
-      for part in (first, second)
-    ]
-    if rng.random() < 0.5:
-      specs.reverse()
+    specs = [Spec(rules=(*common[:at], *part, *common[at:])) for part in parts]
     made.append(Duo(*specs))
   return tuple(made)
 
@@ -221,28 +215,63 @@ def annotation(categories: tuple[str, ...]) -> dict[str, Any]:
   }
 
 
+Ticked = tuple[str, ...]  # categories of one response, sorted
+
+
 class _Choice(NamedTuple):
   """What the pool offers to one set of ticked categories."""
 
-  duos: tuple[tuple[Spec, Spec], ...]  # (complied with, violated)
-  violated: tuple[Spec, ...]
+  duos: list[tuple[Spec, Spec]]  # (complied with, violated)
+  weights: list[float]  # of the duos
+  violated: list[Spec]
 
 
-@functools.lru_cache(maxsize=4096)
-def _choices(categories: tuple[str, ...], seed: int) -> _Choice:
-  ticked = annotation(categories)
-  pool = [(d, [complies(s, ticked) for s in d]) for d in duos(seed)]
-  judged = [
-    (s, v) for d, verdicts in pool for s, v in zip(d, verdicts, strict=True)
-  ]
-  return _Choice(
-    tuple(
-      (d.first, d.second) if verdicts == [1, 0] else (d.second, d.first)
-      for d, verdicts in pool
-      if sorted(verdicts) == [0, 1] and _NEVER not in categories
-    ),
-    tuple(s for s, verdict in judged if verdict == 0),
-  )
+def _choices(often: Mapping[Ticked, int], seed: int) -> dict[Ticked, _Choice]:
+  """The offers to every set of categories in the file.
+
+  Duos are weighted so that each of the two specs is as often the strict one
+  as the lenient one; where the file cannot do that, the duo goes unused.
+  Otherwise a spec would tell the label without the response.
+
+  Args:
+    often: how many responses have each set of categories.
+    seed: of the pool.
+  """
+  pool = duos(seed)
+  verdicts = {
+    ticked: [
+      (complies(duo.first, truth), complies(duo.second, truth)) for duo in pool
+    ]
+    for ticked in often
+    for truth in (annotation(ticked),)
+  }
+  # Rows: sets of categories; columns: duos. +1: complies with the first alone.
+  sides = np.array([[a - b for a, b in verdicts[t]] for t in often], float)
+  known = np.array([[-1 not in v for v in verdicts[t]] for t in often])
+  permitted = np.array([[_NEVER not in t] for t in often])
+  sides = np.where(known & permitted, sides, 0.0)
+  mass = np.array([[n] for n in often.values()], float)
+  weights = np.abs(sides)
+  for _ in range(200):
+    total = weights.sum(1, keepdims=True)
+    used = mass * weights / np.where(total > 0, total, 1.0)
+    plus = (used * (sides > 0)).sum(0)
+    minus = (used * (sides < 0)).sum(0)
+    share = np.sqrt((minus + 1e-9) / (plus + 1e-9))
+    weights = weights * np.where(sides > 0, share, 1 / share)
+    weights /= np.maximum(weights.max(1, keepdims=True), 1e-30)
+  offers = {}
+  for i, ticked in enumerate(often):
+    duos_, weights_, violated = [], [], []
+    for duo, side, weight, verdict in zip(
+      pool, sides[i], weights[i], verdicts[ticked], strict=True
+    ):
+      violated += [s for s, v in zip(duo, verdict, strict=True) if v == 0]
+      if side and weight > 1e-3:
+        duos_.append(duo if side > 0 else (duo.second, duo.first))
+        weights_.append(float(weight))
+    offers[ticked] = _Choice(duos_, weights_, violated)
+  return offers
 
 
 def beavertails(
@@ -251,21 +280,29 @@ def beavertails(
   """Label rows and spec pairs out of responses ticked with 14 categories.
 
   An unsafe response gets a duo of specs with opposite verdicts (two label
-  rows, one spec pair) and, every second time, one more spec that it violates.
-  A safe response complies with every spec and gets one.
+  rows, one spec pair) and, three times in four, another spec that it violates.
+  A safe response complies with every spec; it gets one drawn as for the
+  unsafe ones, so that a spec alone does not tell the label.
   """
   (file,) = FILES["beavertails"]
-  fields = ("id", "prompt", "response", "categories")
-  counts["beavertails_without_duo"] = 0
-  for raw in objects(find(path, "beavertails", file), fields):
+  found = find(path, "beavertails", file)
+  raws = list(objects(found, ("id", "prompt", "response", "categories")))
+  for raw in raws:
     unknown = sorted(set(raw["categories"]) - set(CATEGORIES))
     if unknown:
       raise ValueError(
-        f"{find(path, 'beavertails', file)}: row {raw['id']!r}: field "
-        f"'categories': {unknown[0]!r} is none of the 14; use the original file"
+        f"{found}: row {raw['id']!r}: field 'categories': {unknown[0]!r} is "
+        "none of the 14; use the original file"
       )
+  often = Counter(
+    tuple(sorted(raw["categories"])) for raw in raws if raw["categories"]
+  )
+  often = dict(sorted(often.items()))  # whatever the order of the rows
+  offers = _choices(often, seed)
+  counts["beavertails_without_duo"] = 0
+  for raw in raws:
     rng = random.Random(f"{seed}:{raw['id']}")
-    categories = tuple(sorted(raw["categories"]))
+    ticked = tuple(sorted(raw["categories"]))
     common = {
       "messages": _turns(raw["prompt"], raw["response"]),
       "source": "beavertails",
@@ -276,14 +313,14 @@ def beavertails(
       row = {"id": f"{raw['id']}/{name}", **common, "label": value}
       return row | {"spec": spec.render()}
 
-    if not categories:
-      ticked = rng.choices(CATEGORIES, _OFTEN)[0]
-      spec = rng.choice(_choices((ticked,), seed).violated)
-      yield label("safe", spec, 1)
+    other = ticked or rng.choices(list(often), list(often.values()))[0]
+    choice = offers[other]
+    if not ticked:
+      yield label("safe", rng.choice(choice.violated), 1)
       continue
-    choice = _choices(categories, seed)
+    strict = None
     if choice.duos:
-      lenient, strict = rng.choice(choice.duos)
+      ((lenient, strict),) = rng.choices(choice.duos, choice.weights)
       yield label("lenient", lenient, 1)
       yield label("strict", strict, 0)
       yield {
@@ -294,9 +331,9 @@ def beavertails(
       }
     else:
       counts["beavertails_without_duo"] += 1
-    if choice.violated and (not choice.duos or rng.random() < 0.5):
+    if rng.random() < 0.75:
       spec = rng.choice(choice.violated)
-      if not choice.duos or spec != strict:
+      if spec != strict:
         yield label("other", spec, 0)
 
 
