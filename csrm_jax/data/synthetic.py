@@ -60,7 +60,9 @@ HELD_BACK = 4  # every fourth template and prompt is kept for `synthetic_seen`
 AKIN = (
   {"refund_promises", "delivery_dates", "discounts_haggling"},
   {"refund_promises", "competitor_names"},
-  {"refund_promises", "legal_advice"},
+  {"legal_advice", "refund_promises"},
+  {"legal_advice", "landlord_disputes"},
+  {"violence_in_fiction", "knives_and_tools"},
   {"profanity", "insults_mockery"},
   {"celebrity_gossip", "insults_mockery"},
   {"religion_preaching", "insults_mockery"},
