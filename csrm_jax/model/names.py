@@ -1,7 +1,7 @@
 """Our parameter paths and the tensor names of Hugging Face and GGUF."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,9 +62,9 @@ def transposed(ours: str) -> bool:
   return ours.endswith("/kernel") and ours != "lm_head/kernel"
 
 
-def flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
   """Leaves by path, `/` between the keys, sorted."""
-  flat = {}
+  flat: dict[str, Any] = {}
   for key, value in sorted(params.items()):
     path = f"{prefix}{key}"
     if isinstance(value, dict):
@@ -74,7 +74,7 @@ def flatten(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
   return flat
 
 
-def unflatten(flat: dict[str, np.ndarray]) -> Params:
+def unflatten(flat: dict[str, Any]) -> Params:
   """The nested dict of leaves by path."""
   tree: Params = {}
   for path, value in flat.items():

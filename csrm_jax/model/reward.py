@@ -5,16 +5,20 @@ response complies with the spec), column 1 the helpfulness `h`.
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
+from csrm_jax import checkpoint
 from csrm_jax.model import lora, pretrained
 from csrm_jax.model.backbone import (
+  REMAT,
   Architecture,
   init_stack,
   rms_norm,
@@ -25,6 +29,7 @@ from csrm_jax.types import Batch, Params
 
 HEADS = ("linear", "verbaliser")
 LoadParams = Callable[..., Params]
+Config = Any  # an ml_collections ConfigDict; its keys have no static types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +66,18 @@ class RewardModel:
   keep_lm_head: bool = False
 
   def __post_init__(self):
-    if self.head not in HEADS:
-      raise ValueError(f"model.head {self.head!r}: use one of {HEADS}")
+    choices = {
+      "head": HEADS,
+      "remat": REMAT,
+      "dtype": ("float32", "bfloat16"),
+      "attention": ("dense", "blocks"),
+    }
+    for key, allowed in choices.items():
+      if getattr(self, key) not in allowed:
+        value = getattr(self, key)
+        raise ValueError(f"model.{key} {value!r}: use one of {allowed}")
+    if self.lora_rank < 0:
+      raise ValueError(f"model.lora_rank = {self.lora_rank}: use 0 or more")
     layers = self.architecture.layers
     if not -1 <= self.train_layers <= layers:
       raise ValueError(
@@ -132,20 +147,32 @@ class RewardModel:
 
   def apply(self, params: Params, batch: Batch) -> Float[Array, "b s 2"]:
     """Readouts of every slot: compliance `z` (log-odds), helpfulness `h`."""
+    if self.head == "verbaliser":
+      return self.apply_with_logits(params, batch)[0]
+    return _score(self._readout_hidden(params, batch), params["head"]["kernel"])
+
+  def apply_with_logits(
+    self, params: Params, batch: Batch
+  ) -> tuple[Float[Array, "b s 2"], Float[Array, "b s v"]]:
+    """Readouts, and the full-vocabulary logits at the same tokens.
+
+    CSRM's full-vocabulary classification loss needs the latter.
+    """
     hidden = self._readout_hidden(params, batch)
     readouts = _score(hidden, params["head"]["kernel"])
-    if self.head == "linear":
-      return readouts
     logits = self._vocabulary(params, hidden)
-    z = jax.nn.logsumexp(
-      logits[..., jnp.array(self.safe_ids)], axis=-1
-    ) - jax.nn.logsumexp(logits[..., jnp.array(self.unsafe_ids)], axis=-1)
-    return jnp.stack([z, readouts[..., 1]], axis=-1)
+    if self.head == "verbaliser":
+      safe, unsafe = (
+        jax.nn.logsumexp(logits[..., jnp.array(ids)], axis=-1)
+        for ids in (self.safe_ids, self.unsafe_ids)
+      )
+      readouts = readouts.at[..., 0].set(safe - unsafe)
+    return readouts, logits
 
   def readout_logits(
     self, params: Params, batch: Batch
   ) -> Float[Array, "b s v"]:
-    """Full-vocabulary logits at the readouts (CSRM's classification loss)."""
+    """Full-vocabulary logits at the readouts."""
     return self._vocabulary(params, self._readout_hidden(params, batch))
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
@@ -239,7 +266,7 @@ def _score(
 
 
 def make(
-  config: ConfigDict,
+  config: Config,
   *,
   path: str = "",
   vocab_size: int = 0,
@@ -261,27 +288,23 @@ def make(
     (model, load_params). `load_params(key, shardings=None)` gives float32
     parameters: from the weights at `path` or random; `key` is only used for
     what the weights do not determine. `shardings` is a tree like the
-    parameters' (see `pretrained.load_params`); each tensor then goes straight
-    to its shards.
+    parameters'; each tensor then goes straight to its shards.
 
   Raises:
     ValueError: for weights or choices that are not supported.
   """
   path = path or config.path
-  weights = None
+  workdir = (Path(path) / "model.json").is_file()
   if path == "random":
     architecture = _random_architecture(config, vocab_size)
   else:
-    weights = pretrained.open_weights(path)
-    architecture = Architecture.from_config(
-      weights.config, row_length=row_length
+    backbone = (
+      _read_description(path)["backbone"]
+      if workdir
+      else pretrained.open_weights(path).config
     )
-  on_cpu = jax.default_backend() == "cpu"
-  dtype, attention = config.dtype, config.attention
-  if dtype == "auto":
-    dtype = "float32" if on_cpu else "bfloat16"
-  if attention == "auto":
-    attention = "blocks" if on_cpu else "dense"
+    architecture = Architecture.from_config(backbone, row_length=row_length)
+  dtype, attention = _for_backend(config.dtype, config.attention)
   model = RewardModel(
     architecture=architecture,
     head=config.head,
@@ -297,32 +320,91 @@ def make(
   )
 
   def load_params(key: jax.Array, shardings: Params | None = None) -> Params:
-    if weights is None:
+    if path == "random":
       return jax.jit(model.init, out_shardings=shardings)(key)
-    safe_id = model.safe_ids[0] if model.safe_ids else -1
-    unsafe_id = model.unsafe_ids[0] if model.unsafe_ids else -1
-    params = pretrained.load_params(
-      weights,
-      architecture,
-      lower_layers=model.lower_layers,
-      lm_head=model.has_lm_head,
-      safe_id=safe_id,
-      unsafe_id=unsafe_id,
-      shardings=shardings,
-    )
-    params = model.with_adapters(params, key)
-    if shardings is None:
-      return params
-    # Only the adapters move here: the rest lies in its shards already.
-    places = flatten(shardings)
-    return unflatten(
-      {k: jax.device_put(v, places[k]) for k, v in flatten(params).items()}
-    )
+    if workdir:
+      return _continue(model, path, key, shardings)
+    return _start(model, path, key, shardings)
 
   return model, load_params
 
 
-def _random_architecture(config: ConfigDict, vocab_size: int) -> Architecture:
+def _start(
+  model: RewardModel, path: str, key: jax.Array, shardings: Params | None
+) -> Params:
+  """Parameters from foreign weights, with fresh adapters."""
+  params = pretrained.load_params(
+    pretrained.open_weights(path),
+    model.architecture,
+    lower_layers=model.lower_layers,
+    lm_head=model.has_lm_head,
+    safe_id=model.safe_ids[0] if model.safe_ids else -1,
+    unsafe_id=model.unsafe_ids[0] if model.unsafe_ids else -1,
+    shardings=shardings,
+  )
+  params = model.with_adapters(params, key)
+  if shardings is None:
+    return params
+  # Only the adapters move here: the rest lies in its shards already.
+  places = flatten(shardings)
+  return unflatten(
+    {k: jax.device_put(v, places[k]) for k, v in flatten(params).items()}
+  )
+
+
+def _continue(
+  model: RewardModel, path: str, key: jax.Array, shardings: Params | None
+) -> Params:
+  """Parameters of a workdir, its stacks cut anew and its adapters merged."""
+  old = from_description(_read_description(path))
+  if model.has_lm_head and not old.has_lm_head:
+    raise ValueError(
+      f"model path {path!r}: its checkpoint has no output embedding, which "
+      f"head {model.head!r} needs; start from the backbone it was made from"
+    )
+  places = None
+  if shardings is not None:
+    # The layer axis is not sharded, so a leaf of either stack has one place.
+    known = flatten(shardings)
+    known = {_in_other_stack(k): v for k, v in known.items()} | known
+    first = next(iter(known.values()))
+    whole = jax.sharding.NamedSharding(first.mesh, jax.sharding.PartitionSpec())
+    shapes = flatten(jax.eval_shape(old.init, key))
+    places = unflatten({k: known.get(k, whole) for k in shapes})
+  params = checkpoint.restore_params(path, shardings=places)
+  cut = functools.partial(_recut, old, model)
+  return jax.jit(cut, out_shardings=shardings)(params, key)
+
+
+def _recut(
+  old: RewardModel, new: RewardModel, params: Params, key: jax.Array
+) -> Params:
+  """Parameters of `old` in the stacks of `new`."""
+  params = lora.merge(params, old.lora_alpha)
+  stacks = [params[k] for k in ("lower", "upper") if k in params]
+  layers = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+  kept = ("embed", "final_norm", "head") + ("lm_head",) * new.has_lm_head
+  cut = {k: params[k] for k in kept}
+  lower = new.lower_layers
+  if lower:
+    cut["lower"] = jax.tree.map(lambda x: x[:lower], layers)
+  if lower < new.architecture.layers:
+    cut["upper"] = jax.tree.map(lambda x: x[lower:], layers)
+  return new.with_adapters(cut, key)
+
+
+def _in_other_stack(path: str) -> str:
+  """`lower/x` for `upper/x` and the reverse; other paths unchanged."""
+  top, _, rest = path.partition("/")
+  return {"lower": "upper/", "upper": "lower/"}.get(top, top + "/") + rest
+
+
+def _read_description(path: str) -> dict[str, Any]:
+  """The `model.json` of a workdir."""
+  return json.loads((Path(path) / "model.json").read_text("utf-8"))
+
+
+def _random_architecture(config: Config, vocab_size: int) -> Architecture:
   """The small Llama of `model.random`."""
   sizes = config.random
   if vocab_size < 1:
@@ -371,23 +453,33 @@ def from_description(
     ValueError: a key is missing or holds what is not supported.
   """
   try:
-    choices = {
-      k: described[k]
-      for k in ("head", "train_layers", "lora_rank", "lora_alpha")
-    }
+    head, layers = described["head"], described["train_layers"]
+    rank, alpha = described["lora_rank"], described["lora_alpha"]
+    safe, unsafe = described["safe_ids"], described["unsafe_ids"]
     backbone = described["backbone"]
-    ids = {k: tuple(described[k]) for k in ("safe_ids", "unsafe_ids")}
   except KeyError as error:
     raise ValueError(
       f"model.json lacks {error.args[0]!r}; it was not written by this "
       "version: train again or restore the file"
     ) from error
-  on_cpu = jax.default_backend() == "cpu"
+  dtype, attention = _for_backend("auto", "auto")
   return RewardModel(
     architecture=Architecture.from_config(backbone, row_length=row_length),
+    head=head,
+    train_layers=layers,
+    lora_rank=rank,
+    lora_alpha=alpha,
     remat="none",
-    dtype="float32" if on_cpu else "bfloat16",
-    attention="blocks" if on_cpu else "dense",
-    **choices,
-    **ids,
+    dtype=dtype,
+    attention=attention,
+    safe_ids=tuple(safe),
+    unsafe_ids=tuple(unsafe),
   )
+
+
+def _for_backend(dtype: str, attention: str) -> tuple[str, str]:
+  """What "auto" stands for here: the CPU is weak in bfloat16."""
+  on_cpu = jax.default_backend() == "cpu"
+  dtypes = {"auto": "float32" if on_cpu else "bfloat16"}
+  kinds = {"auto": "blocks" if on_cpu else "dense"}
+  return dtypes.get(dtype, dtype), kinds.get(attention, attention)
