@@ -1,4 +1,4 @@
-"""The synthetic world: valid files, true labels, no short cuts, unseen is new.
+"""Rows of the synthetic world: true labels, balance, no short cuts.
 
 Labels are checked against a second reading that starts from the texts alone:
 which template made this response, what does this rule's wording name.
@@ -8,50 +8,24 @@ import collections
 import functools
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from csrm_jax.data import synthetic
-from csrm_jax.data.synthetic import SLOT, rows, suite, world
-
-# Words of any conversation: phrases made of these alone belong to no domain.
-_COMMON = """
-a an the and or but nor so if then than as of in on at to for from by with
-without about into over up down out off under i you he she it we they me him
-her us them my your his its our their mine yours this that these those who
-whom whose which what when where why how is am are was were be been being do
-does did done have has had having will would shall should can could may might
-must not no yes there here very too also just only even still yet again once
-more most much many few some any all both each every other another one two
-first last next thing things something anything nothing everything else rather
-able before after until while because since though now ever never always
-sorry afraid please let know want need like help get got go take make give
-tell say ask talk think look leave stay call pass glad happy right person
-people question questions matter lot long way top better away outside beyond
-i'm i'd i'll i've you're you'd you'll you've it's that's don't can't won't
-isn't there's let's cannot
-"""
-COMMON = frozenset(_COMMON.split())
+from csrm_jax.data import domains, groups
+from csrm_jax.data.domains import SLOT, world
+from csrm_jax.data.synthetic import rows, suite
 
 
 def words(text: str) -> list[str]:
   return re.findall(r"\{\w+\}|[\w*]+(?:'[a-z]+)?", text.lower())
 
 
-def of_split(split: str) -> list[synthetic.Domain]:
+def of_split(split: str) -> list[domains.Domain]:
   return [d for d in world().values() if d.split == split]
-
-
-def all_texts(domain: synthetic.Domain) -> list[str]:
-  fillers = [f for v in domain.slots.values() for f in v]
-  templates = [t for v in domain.templates().values() for t in v]
-  return [*domain.rule_texts(), *templates, *fillers]
 
 
 @functools.cache
@@ -78,86 +52,6 @@ def dependent(some) -> list[dict]:
   for row in labelled(some):
     seen[conversation_of(row)].add(row["label"])
   return [r for r in labelled(some) if len(seen[conversation_of(r)]) == 2]
-
-
-# --- The files ---
-
-
-def test_world_is_large_enough():
-  assert len(of_split("train")) >= 10
-  assert len(of_split("unseen")) >= 10
-  for domain in world().values():
-    assert len(domain.grades) >= 4
-
-
-BREAKAGES = {
-  "grades.1.responses": lambda d: d["grades"][1]["responses"].pop(),
-  "grades.0.describe": lambda d: d["grades"][0].update(describe=["one"]),
-  "prompts": lambda d: d.update(prompts=d["prompts"][:3]),
-  "history.0": lambda d: d["history"].__setitem__(0, ["question only"]),
-  "vocabulary": lambda d: d.update(vocabulary=["wine"]),
-  "split": lambda d: d.update(split="test"),
-  "id": lambda d: d.update(id="beer"),
-  "colour": lambda d: d.update(colour="red"),
-  "grades: severities": lambda d: d["grades"].reverse(),
-  "refusals: unknown slot": lambda d: d["refusals"].append("No {glass} here."),
-  "slots.drink": lambda d: d["slots"].update(drink=["ale"]),
-  "refusals: .* stands under neutral": lambda d: d["neutral"].append(
-    d["refusals"][0]
-  ),
-  "grades.describe: slot": lambda d: d["titles"].append("{drink}"),
-}
-
-
-@pytest.mark.parametrize("key", BREAKAGES)
-def test_broken_file_is_named(key: str, tmp_path: Path):
-  text = (synthetic.WORLD / "alcohol.yaml").read_text(encoding="utf-8")
-  domain = yaml.safe_load(text)
-  for grade in domain["grades"]:
-    grade["responses"] = grade["responses"][:8]
-  path = tmp_path / "alcohol.yaml"
-  path.write_text(yaml.safe_dump(domain), encoding="utf-8")
-  assert synthetic.load(path).id == "alcohol"
-
-  BREAKAGES[key](domain)
-  path.write_text(yaml.safe_dump(domain), encoding="utf-8")
-  with pytest.raises(ValueError, match=rf"alcohol\.yaml: {key}"):
-    synthetic.load(path)
-
-
-def test_not_yaml_is_named(tmp_path: Path):
-  path = tmp_path / "alcohol.yaml"
-  path.write_text("id: [alcohol", encoding="utf-8")
-  with pytest.raises(ValueError, match=r"alcohol\.yaml: not YAML"):
-    synthetic.load(path)
-
-
-def test_akin_names_exist_and_never_meet():
-  names = set().union(*synthetic.AKIN)
-  assert names <= set(world())
-  groups = collections.defaultdict(set)
-  titles = {t.lower(): d.id for d in world().values() for t in d.titles}
-  pattern = re.compile(rf"\b({'|'.join(map(re.escape, titles))})\b")
-  for row in labelled(train_rows()):
-    found = pattern.findall(row["spec"].lower())
-    groups[row["family"]] |= {titles[t] for t in found}
-    response = read_response(row["messages"][-1]["content"])
-    groups[row["family"]] |= {name for name, *_ in response}
-  assert groups
-  for members in groups.values():
-    for akin in synthetic.AKIN:
-      assert len(members & akin) <= 1, members
-
-
-def test_vocabulary_is_the_domains_own():
-  owners = collections.Counter(
-    w.lower() for d in world().values() for w in d.vocabulary
-  )
-  assert [w for w, n in owners.items() if n > 1] == []
-  for domain in world().values():
-    own = set(words(" ".join(all_texts(domain))))
-    dead = [v for v in domain.vocabulary if not set(words(v)) <= own]
-    assert dead == [], domain.id
 
 
 # --- Rows ---
@@ -326,7 +220,7 @@ def test_half_of_everything_complies():
   assert {np.mean(v) for v in by_spec.values()} == {0.5}
   for labels in by_text.values():
     assert 0.3 < np.mean(labels) < 0.7
-  assert len(by_kind) == len(synthetic.KINDS)
+  assert len(by_kind) == len(groups.KINDS)
   for labels in itertools.chain(by_kind.values(), by_domain.values()):
     assert 0.4 < np.mean(labels) < 0.6
   shares = len(dependent(train_rows())) / len(labelled(train_rows()))
@@ -354,14 +248,14 @@ def test_form_predicts_nothing():
     assert 0.45 < auroc < 0.55, (name, auroc)
 
 
-# --- Held back, unseen ---
+# --- Held back ---
 
 
 def _assistant_texts(some) -> set[str]:
   return {r["messages"][-1]["content"] for r in labelled(some)}
 
 
-def _held_back(domain: synthetic.Domain) -> set[str]:
+def _held_back(domain: domains.Domain) -> set[str]:
   out = set()
   for key, texts in domain.templates().items():
     if key != "history":
@@ -385,52 +279,6 @@ def test_seen_suite_uses_texts_held_back_from_training():
     assert not is_held_back(text), text
 
 
-def test_unseen_rule_texts_are_new():
-  train = {t.lower() for d in of_split("train") for t in d.rule_texts()}
-  new = {t.lower() for d in of_split("unseen") for t in d.rule_texts()}
-  assert not train & new
-  titles = [
-    {w for d in of_split(s) for t in d.titles for w in words(t)} - COMMON
-    for s in ("train", "unseen")
-  ]
-  assert titles[0] & titles[1] == set()
-
-
-def test_unseen_vocabulary_never_occurs_in_training():
-  train = {w for d in of_split("train") for t in all_texts(d) for w in words(t)}
-  for domain in of_split("unseen"):
-    shared = [v for v in domain.vocabulary if set(words(v)) & train]
-    assert shared == [], domain.id
-
-
-def test_unseen_fillers_are_new():
-  train, new = (
-    {f.lower() for d in of_split(s) for v in d.slots.values() for f in v}
-    for s in ("train", "unseen")
-  )
-  assert not train & new
-
-
-def test_unseen_templates_share_no_phrase():
-  """Four words in a row, unless all four are words of any conversation."""
-
-  def phrases(split: str) -> dict[tuple[str, ...], str]:
-    out = {}
-    for domain in of_split(split):
-      for key, texts in domain.templates().items():
-        for text in texts:
-          tokens = words(text)
-          for i in range(len(tokens) - 3):
-            gram = tuple(tokens[i : i + 4])
-            if not COMMON.issuperset(gram) and "{" not in "".join(gram):
-              out[gram] = f"{domain.id}.{key}"
-    return out
-
-  train, new = phrases("train"), phrases("unseen")
-  shared = {" ".join(g): (train[g], new[g]) for g in set(train) & set(new)}
-  assert shared == {}
-
-
 # --- Suites ---
 
 
@@ -447,7 +295,7 @@ def test_suite(name: str):
       continue
     base = by_id[row["base"]]
     assert base["messages"] == row["messages"] and base["spec"] != row["spec"]
-    if row["edit"] in synthetic.KINDS:
+    if row["edit"] in groups.KINDS:
       flips += row["label"] != base["label"]
     else:
       assert row["label"] == base["label"]
@@ -464,7 +312,7 @@ def test_suite(name: str):
 def test_suites_hold_every_edit():
   edits = {r["edit"] for r in suite("synthetic_unseen", size=1500)}
   kept = {"base", "reword", "permute", "add_inert", "borrow", "drop_inert"}
-  assert edits == kept | set(synthetic.KINDS)
+  assert edits == kept | set(groups.KINDS)
 
 
 # --- Words do not solve it ---
@@ -497,7 +345,7 @@ def test_tfidf_does_not_solve_it(view: str):
     suite("synthetic_unseen", size=1000)
   )
   assert len(train) > 5000 and len(test) > 2000
-  vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+  vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
   model = LogisticRegression(C=10.0, max_iter=300)
   model.fit(
     vectors.fit_transform(map(VIEWS[view], train)), [r["label"] for r in train]
