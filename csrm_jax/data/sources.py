@@ -33,6 +33,7 @@ _KEYS = {
   "ladder": {"ladder", "margin"} | _COMMON,
 }
 KINDS = tuple(_KEYS)
+SYNTHETIC_FAMILIES = 2000  # groups made where no limit is given
 # Bumped when equal files would give other rows.
 _VERSION = 1
 
@@ -345,7 +346,10 @@ def _load_one(
     from csrm_jax.data import synthetic
 
     return synthetic.rows(
-      split="train", families=limit, seed=seed, max_rules=max_rules
+      split="train",
+      families=limit or SYNTHETIC_FAMILIES,
+      seed=seed,
+      max_rules=max_rules,
     )
   if name == "jsonl":
     if not path or not Path(path).is_file():
@@ -367,7 +371,9 @@ def _load_one(
 def _inputs(name: str, path: str | Path | None) -> list[Path]:
   here = Path(__file__).parent
   if name == "synthetic":
-    return [here / "synthetic.py", *sorted((here / "world").glob("*.yaml"))]
+    code = ("synthetic.py", "groups.py", "domains.py")
+    world = sorted((here / "world").glob("*.yaml"))
+    return [*(here / name for name in code), *world]
   if name == "jsonl":
     if not path or not Path(path).is_file():
       raise ValueError(
