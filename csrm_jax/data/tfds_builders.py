@@ -177,11 +177,13 @@ def row_of(example: Mapping[str, Any]) -> sources.Row:
 
 
 def _info(builder: Any, description: str) -> tfds.core.DatasetInfo:
+  numbers = ("label", "weight")
   features = {
-    name: tfds.features.Text(doc=doc) for name, doc in COLUMNS.items()
+    name: tfds.features.Scalar(np.float32, doc=doc)
+    if name in numbers
+    else tfds.features.Text(doc=doc)
+    for name, doc in COLUMNS.items()
   }
-  for name in ("label", "weight"):
-    features[name] = tfds.features.Scalar(np.float32, doc=COLUMNS[name])
   return tfds.core.DatasetInfo(
     builder=builder,
     description=description,
