@@ -197,7 +197,8 @@ def training(workdir: str | Path, path: str | Path) -> bool:
   steps = np.array([line["step"] for line in lines])
   for name in names:
     values = np.array([line.get(name, np.nan) for line in lines], np.float64)
-    if not np.any(values > 0):
+    values[values == 0] = np.nan  # a step without such rows logs 0
+    if not np.any(np.isfinite(values)):
       continue
     (curve,) = top.plot(steps, values, lw=0.5, alpha=0.3)
     top.plot(steps, _smooth(values), color=curve.get_color(), label=name)

@@ -165,6 +165,10 @@ def read(
   if name == "heldout":
     found = list(sources.read_rows(_heldout_file(data, model, config)))
   elif name in sources.MIXTURE:
+    if not (data or config.data.path):
+      raise ValueError(
+        f"--suite={name}: --data is missing; give the folder of the real sets"
+      )
     found = [
       row
       for row in sources.load(

@@ -1,0 +1,229 @@
+"""The evaluation: its report, its files, its command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from csrm_jax import metrics
+from csrm_jax.data import synthetic
+from csrm_jax.eval import run, suites
+
+SUITE = "synthetic_unseen"
+SIZE = 60
+
+
+def knowing(strength: float, *, name: str = SUITE):
+  """A judge that was told the labels, and blurs them with noise."""
+  gold = {r["id"]: r["label"] for r in synthetic.suite(name, size=SIZE)}
+
+  def judge(rows):
+    rng = np.random.default_rng(0)
+    assert all(set(row) == {"id", "messages", "spec"} for row in rows)
+    truth = np.array([2.0 * gold[row["id"]] - 1 for row in rows])
+    return strength * truth + rng.normal(size=len(rows))
+
+  return judge
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> str:
+  path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+  rows = synthetic.rows(split="train", families=30, seed=0)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def evaluated(training, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("report")
+  report = run.evaluate(
+    knowing(1.5),
+    SUITE,
+    output=folder / "report.json",
+    train_rows=training,
+    rows=SIZE,
+    bootstrap=50,
+  )
+  return report, folder
+
+
+def test_report_has_the_agreed_keys(evaluated):
+  report, folder = evaluated
+  assert json.loads((folder / "report.json").read_text()) == report
+  assert {"model", "seconds", "peak_memory_gib", "suites"} <= set(report)
+  assert report["seconds"] > 0 and 0.05 < report["peak_memory_gib"] < 64
+  suite = report["suites"][SUITE]
+  assert suite["rows"] == len(suites.read(SUITE, rows=SIZE).rows)
+  assert 0 < suite["base_rate"] < 1
+  assert list(suite["judges"]) == [
+    "csrm",
+    "spec_shuffled",
+    "always_unsafe",
+    "tfidf",
+  ]
+  for judge in suite["judges"].values():
+    assert set(run.METRICS) <= set(judge)
+    for name, (low, high) in judge["intervals"].items():
+      assert low <= high
+      if name != "smece":  # biased upwards by resampling, as ECE is
+        assert low - 0.15 <= judge[name] <= high + 0.15
+
+
+def test_report_is_what_the_rows_say(evaluated):
+  """Every headline number again, from rows.jsonl alone."""
+  report, folder = evaluated
+  lines = [json.loads(x) for x in (folder / "rows.jsonl").open()]
+  suite = report["suites"][SUITE]
+  assert len(lines) == suite["rows"] * len(suite["judges"])
+  for name, judge in suite["judges"].items():
+    rows = [line for line in lines if line["judge"] == name]
+    place = {row["id"]: i for i, row in enumerate(rows)}
+    z = np.array([row["log_odds"] for row in rows])
+    y = np.array([float(row["label"]) for row in rows])
+    base = np.array([place.get(row.get("base"), -1) for row in rows])
+    flips = [(i, b) for i, b in enumerate(base) if b >= 0 and y[i] != y[b]]
+    lead = np.array([(z[i] - z[b]) * (y[i] - y[b]) for i, b in flips])
+    expected = {
+      "auroc": metrics.auroc(z, y),
+      "auprc": metrics.auprc(z, y, positive=0),
+      "f1_unsafe": metrics.f1_unsafe(z, y),
+      "ece": metrics.ece(expit(z), y),
+      "nll": metrics.nll(z, y),
+      "flip_recall": metrics.flip_recall(z, y, base),
+      "spurious_flips": metrics.spurious_flips(z, y, base),
+      "preference_accuracy": np.mean((np.sign(lead) + 1) / 2),
+    }
+    for metric, value in expected.items():
+      np.testing.assert_allclose(judge[metric], value, rtol=1e-9)
+    for row in rows:
+      assert row["verdict"] == (
+        "comply" if row["p_comply"] >= 0.5 else "violate"
+      )
+
+
+def test_pictures_stand_beside_the_report(evaluated):
+  _, folder = evaluated
+  for name in ("reliability.png", "flips.png"):
+    assert (folder / name).stat().st_size > 5000
+  assert not (folder / "training.png").exists()  # a function has no workdir
+
+
+def test_judges_rank_as_they_should(evaluated):
+  judges = evaluated[0]["suites"][SUITE]["judges"]
+  assert judges["csrm"]["auroc"] > 0.9
+  assert judges["csrm"]["flip_recall"] > judges["tfidf"]["flip_recall"]
+  assert judges["always_unsafe"]["auroc"] == 0.5
+  assert judges["always_unsafe"]["flip_recall"] == 0.0
+  assert judges["always_unsafe"]["f1_safe"] == 0.0
+
+
+def test_table_shows_every_judge_and_metric(evaluated):
+  text = run.table(evaluated[0])
+  assert SUITE in text and "majority F1" in text
+  for name, judge in evaluated[0]["suites"][SUITE]["judges"].items():
+    (line,) = (x for x in text.splitlines() if x.startswith(name))
+    assert len(line.split()) == 1 + len(run.METRICS)
+    assert f"{judge['auroc']:.3f}" in line
+
+
+def test_pairs_alone_give_preference_accuracy_alone(tmp_path):
+  """Also: helpfulness pairs that the judge cannot answer are counted."""
+  turn = [{"role": "user", "content": "Well?"}]
+  rows = [
+    {
+      "id": f"p{i}",
+      "prompt": turn,
+      "chosen": [{"role": "assistant", "content": "good"}],
+      "rejected": [{"role": "assistant", "content": text}],
+      "kind": kind,
+    }
+    | ({} if kind == "help" else {"spec": "Be good."})
+    for i, (text, kind) in enumerate(
+      [("bad", "resp"), ("better", "resp"), ("bad", "help")]
+    )
+  ]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  value = {"bad": -1.0, "good": 1.0, "better": 2.0}
+
+  def judge(rows):
+    said = [value[row["messages"][-1]["content"]] for row in rows]
+    asked = ["spec" in row for row in rows]
+    return np.where(asked, said, np.nan)
+
+  report = run.evaluate(
+    judge, str(path), judge_names=["csrm", "spec_shuffled"], bootstrap=10
+  )
+  suite = report["suites"][str(path)]
+  assert "base_rate" not in suite
+  assert list(suite["judges"]) == ["csrm"]
+  assert "two different specs" in report["notes"][0]
+  assert suite["judges"]["csrm"]["preference_accuracy"] == 0.5
+  assert suite["judges"]["csrm"]["pairs_without_answer"] == 1
+  assert "auroc" not in suite["judges"]["csrm"]
+  assert "pref_acc" in run.table(report)
+
+
+def test_temperature_is_reported_before_and_after():
+  suite = suites.read(SUITE, rows=SIZE)
+  odds = 3 * knowing(1.0)(
+    [{k: r[k] for k in ("id", "messages", "spec")} for r in suite.rows]
+  )
+  raw = run.measure(suite, odds, bootstrap=0)
+  cooled = run.measure(suite, odds / 4, temperature=4.0, bootstrap=0)
+  for name in ("ece", "smece", "nll"):
+    np.testing.assert_allclose(cooled[f"{name}_uncalibrated"], raw[name])
+  np.testing.assert_allclose(cooled["auroc"], raw["auroc"])
+  assert cooled["intervals"] == {}
+
+
+def test_tfidf_is_left_out_of_a_file_with_a_note(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  rows = synthetic.suite(SUITE, size=SIZE)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  report = run.evaluate(knowing(1.0), str(path), bootstrap=0)
+  assert "tfidf" not in report["suites"][str(path)]["judges"]
+  assert "--train_rows" in report["notes"][0]
+
+
+@pytest.mark.parametrize(
+  ("names", "judges", "message"),
+  [
+    (" , ", ["csrm"], "--suite is empty"),
+    (SUITE, ["gpt"], "--judges: 'gpt'.*always_unsafe"),
+  ],
+)
+def test_unknown_names_are_refused(names, judges, message):
+  with pytest.raises(ValueError, match=message):
+    run.evaluate(knowing(1.0), names, judge_names=judges)
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--suite=synthetic_seen"], ["--model is missing"]),
+    (["--model=nowhere", "--suite=nothing"], ["--suite=nothing", "heldout"]),
+    (
+      ["--model=nowhere", "--suite=synthetic_seen", "--rows=20"],
+      ["--model=nowhere"],
+    ),
+  ],
+)
+def test_command_exits_2_without_a_traceback(flags, words, tmp_path):
+  script = Path(__file__).parent.parent / "launch" / "evaluate.py"
+  done = subprocess.run(
+    [sys.executable, str(script), *flags, f"--output={tmp_path}/r.json"],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=tmp_path,
+  )
+  assert done.returncode == 2
+  assert "Traceback" not in done.stderr
+  for word in words:
+    assert word in done.stderr
