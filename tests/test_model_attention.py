@@ -1,0 +1,203 @@
+"""Trie attention: the block form equals the dense form, and a reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from csrm_jax.model.attention import (
+  SAVED,
+  attention,
+  blocks,
+  dense,
+  reached_blocks,
+  visible,
+)
+
+BLOCK = 8  # tokens; small blocks, so that short rows have many
+
+
+def forest(length: int, seed: int, chains: float) -> np.ndarray:
+  """`subtree_end` of a random depth-first forest with padding at its end.
+
+  `chains` is the share of tokens that continue the path of the one before;
+  the others start from an ancestor of it, or a new tree.
+  """
+  rng = np.random.default_rng(seed)
+  end = np.arange(1, length + 1)
+  path: list[int] = []
+  for i in range(int(rng.integers(1, length + 1))):
+    if rng.random() > chains:
+      path = path[: int(rng.integers(0, len(path) + 1))]
+    path.append(i)
+    for j in path:
+      end[j] = i + 1
+  return end
+
+
+def arrays(end, h: int, g: int, e: int = 4, seed: int = 0):
+  rng = np.random.default_rng(seed)
+  shapes = [(*np.shape(end), n, e) for n in (h, g, g, h)]
+  return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def both(f, end, q, k, v, cotangent):
+  """Output and gradients, as one list."""
+  out, pull = jax.vjp(lambda *x: f(*x, end), q, k, v)
+  return [out, *pull(cotangent)]
+
+
+def few_blocks(q, k, v, end):
+  return blocks(q, k, v, end, block=BLOCK)
+
+
+def assert_equal_to_dense(end, q, k, v, cotangent):
+  expected = both(dense, end, q, k, v, cotangent)
+  got = both(few_blocks, end, q, k, v, cotangent)
+  np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+  for a, b in zip(got[1:], expected[1:], strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+  seeds=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2),
+  chains=st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
+)
+def test_blocks_equal_dense_on_random_tries(seeds, chains):
+  end = jnp.asarray([forest(61, seed, chains) for seed in seeds])
+
+  assert_equal_to_dense(end, *arrays(end, h=6, g=2, seed=seeds[0] % 97))
+
+
+@pytest.mark.parametrize(
+  ("length", "h", "g"), [(8, 2, 1), (17, 2, 2), (24, 4, 1), (65, 6, 3)]
+)
+def test_blocks_equal_dense_at_any_length_and_grouping(length, h, g):
+  end = jnp.asarray([forest(length, seed, 0.9) for seed in range(3)])
+
+  assert_equal_to_dense(end, *arrays(end, h, g))
+
+
+def test_dense_matches_a_float64_reference():
+  end = forest(23, seed=5, chains=0.8)
+  q, k, v, _ = arrays([end], h=4, g=2)
+  got = dense(q, k, v, jnp.asarray([end]))
+
+  for i in range(23):
+    seen = [j for j in range(i + 1) if i < end[j]]
+    for head in range(4):
+      logits = np.float64(k[0, seen, head // 2]) @ np.float64(q[0, i, head])
+      weights = np.exp(logits / 4**0.5)
+      values = np.float64(v[0, seen, head // 2])
+      np.testing.assert_allclose(
+        got[0, i, head], weights @ values / weights.sum(), atol=1e-6
+      )
+
+
+def test_a_single_sequence_is_causal():
+  end = jnp.full((1, 50), 50)
+  q, k, v, _ = arrays(end, h=4, g=2)
+  expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+  np.testing.assert_allclose(few_blocks(q, k, v, end), expected, atol=1e-5)
+  np.testing.assert_array_equal(visible(end)[0], np.tri(50, dtype=bool))
+
+
+def test_padding_sees_itself_and_touches_nobody():
+  end = jnp.asarray([np.r_[np.full(30, 30), np.arange(31, 51)]])
+  q, k, v, cotangent = arrays(end, h=4, g=2)
+
+  out = few_blocks(q, k, v, end)
+
+  np.testing.assert_allclose(
+    out[0, 30:], jnp.repeat(v[0, 30:], 2, axis=1), atol=1e-6
+  )
+  hidden = cotangent.at[:, :30].set(0.0)
+  _, dq, dk, dv = both(few_blocks, end, q, k, v, hidden)
+  assert not np.any(dk[:, :30]) and not np.any(dv[:, :30])
+  assert np.all(np.isfinite(dq))
+
+
+def test_large_logits_stay_finite():
+  end = jnp.asarray([forest(40, seed=2, chains=0.9)])
+  q, k, v, cotangent = arrays(end, h=2, g=1)
+
+  for x in both(few_blocks, end, 300 * q, 300 * k, v, cotangent):
+    assert np.all(np.isfinite(x))
+
+
+def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
+  end = jnp.asarray([forest(40, seed=3, chains=0.95)])
+  exact = arrays(end, h=4, g=2)
+  half = [x.astype(jnp.bfloat16) for x in exact]
+
+  for a, b in zip(
+    both(few_blocks, end, *half), both(dense, end, *exact), strict=True
+  ):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.1)
+
+
+def test_blocks_between_branches_are_skipped():
+  # Root of one block; then branches of one block that see the root alone.
+  end = np.repeat(np.arange(2, 8) * BLOCK, BLOCK)
+  end = np.r_[np.full(BLOCK, 7 * BLOCK), end]
+  expected = np.eye(7, dtype=bool)
+  expected[:, 0] = True
+
+  got = reached_blocks(jnp.asarray([end]), BLOCK)
+
+  np.testing.assert_array_equal(got[0], expected)
+
+
+def test_works_under_scan_and_remat_and_saves_by_name():
+  end = jnp.asarray([forest(40, seed=4, chains=0.9)])
+  q, k, v, _ = arrays(end, h=4, g=4)
+  policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+
+  def loss(q, f, policy):
+    layer = jax.checkpoint(lambda x, _: (f(x, k, v, end), None), policy=policy)
+    return jnp.sum(jax.lax.scan(layer, q, None, length=3)[0] ** 2)
+
+  grad = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+  expected = grad(q, dense, None)
+  np.testing.assert_allclose(grad(q, few_blocks, None), expected, atol=1e-4)
+  np.testing.assert_allclose(grad(q, few_blocks, policy), expected, atol=1e-4)
+
+
+def test_shapes_alone_decide_what_is_compiled():
+  traces = []
+
+  @jax.jit
+  def run(end, q, k, v):
+    traces.append(1)
+    return few_blocks(q, k, v, end)
+
+  for seed in range(3):
+    end = jnp.asarray([forest(64, seed, 0.9)])
+    run(end, *arrays(end, h=2, g=1)[:3])
+
+  assert len(traces) == 1
+
+
+def test_the_default_block_at_its_real_size():
+  end = jnp.asarray([forest(300, seed=6, chains=0.97)])
+  q, k, v, _ = arrays(end, h=3, g=1, e=16)
+
+  np.testing.assert_allclose(
+    attention(q, k, v, end, kind="blocks"),
+    attention(q, k, v, end, kind="dense"),
+    atol=1e-5,
+  )
+
+
+def test_an_unknown_kind_is_refused():
+  end = jnp.ones((1, 1), jnp.int32)
+  with pytest.raises(ValueError, match="use 'dense' or 'blocks'"):
+    attention(*arrays(end, h=1, g=1)[:3], end, kind="flash")
