@@ -74,7 +74,7 @@ def workdir(tmp_path, labels: int):
       "messages": [{"role": "assistant", "content": f"Answer {i}."}],
       "label": i % 2,
       "spec": "No answers.",
-      "family": f"f{i // 2}",
+      "family": f"f{i // 4}",
     }
     for i in range(labels)
   ]
@@ -91,7 +91,7 @@ def overconfident(monkeypatch):
   def score_rows(judge, rows, **_):
     assert judge.temperature == 1.0
     signs = [
-      (2 * row["label"] - 1) * (-1 if int(row["id"]) % 8 < 2 else 1)
+      (2 * row["label"] - 1) * (-1 if int(row["id"]) % 4 == 0 else 1)
       for row in rows
     ]
     return [SimpleNamespace(log_odds=4.0 * sign) for sign in signs]

@@ -67,7 +67,7 @@ def calibrate_workdir(
   Args:
     workdir: of a finished run.
     heldout: contract rows kept from its training (`heldout.jsonl`).
-    rows: labelled rows used at most, by whole families in order.
+    rows: labelled rows used, by whole families (`suites.some_families`).
 
   Returns:
     temperature, calibration_rows, and mean nats per row before and after;
@@ -77,7 +77,7 @@ def calibrate_workdir(
   found = []
   if heldout.is_file() and heldout.stat().st_size:
     found = [r for r in sources.read_rows(heldout) if "label" in r]
-  kept = suites.first_families(found, rows)
+  kept = suites.some_families(found, rows)
   temperature, report = 1.0, {}
   if kept:
     label = np.array([float(row["label"]) for row in kept])

@@ -1,5 +1,6 @@
 """Suites: named or filed contract rows, flattened to sequences and pairs."""
 
+import collections
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,7 @@ def read(
       .jsonl(.gz) file of contract rows.
     data: for "heldout" the prepared folder, for real sets their folder.
     model: a workdir, whose recipe says what was held out.
-    rows: kept, by whole families in order; 0: all.
+    rows: kept, by whole families (`some_families`); 0: all.
     seed: of the synthetic rows.
 
   Raises:
@@ -184,29 +185,31 @@ def read(
       f"--suite={name}: neither a file nor a suite; use {known}, or the path "
       "of a .jsonl file"
     )
-  kept = first_families(found, rows)
+  kept = some_families(found, rows)
   suite = flatten(name, kept)
   if len(kept) < len(found):
-    note = f"first {len(kept)} of {len(found)} rows, by whole families"
+    note = f"{len(kept)} of {len(found)} rows, whole families at random"
     suite = suite._replace(note=note)
   return suite
 
 
-def first_families(rows: Sequence[Row], count: int) -> list[Row]:
-  """Rows of the first families that together hold `count` rows; 0: all."""
+def some_families(rows: Sequence[Row], count: int) -> list[Row]:
+  """Rows of families that together hold `count` rows or just more; 0: all.
+
+  Families are drawn by a hash of their names, so that a file which holds one
+  set after the other is not cut down to the first. Rows keep their order.
+  """
   if not count or len(rows) <= count:
     return list(rows)
   families = [row.get("family") or sources.family_of(row) for row in rows]
-  sizes: dict[str, int] = {}
-  for family in families:
-    sizes[family] = sizes.get(family, 0) + 1
+  sizes = collections.Counter(families)
   kept: set[str] = set()
   total = 0
-  for family, size in sizes.items():
+  for family in sorted(sizes, key=sources.hash_family):
     if total >= count:
       break
     kept.add(family)
-    total += size
+    total += sizes[family]
   return [r for r, f in zip(rows, families, strict=True) if f in kept]
 
 
