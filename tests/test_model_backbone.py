@@ -173,7 +173,7 @@ def test_row_longer_than_the_window_is_refused():
   config = SIZES | {"model_type": "mistral", "sliding_window": 16}
   architecture = Architecture.from_config(config, row_length=16)
   model = RewardModel(architecture)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
 
   jax.jit(model.apply)(params, rows.plain([[1] * 16]))
   with pytest.raises(ValueError, match="sliding_window = 16"):
@@ -184,6 +184,11 @@ def test_row_longer_than_the_window_is_refused():
 def tiny() -> Architecture:
   config = SIZES | {"model_type": "qwen3", "head_dim": 8}
   return Architecture.from_config(config)
+
+
+def random_stack(architecture, layers):
+  init = jax.jit(init_stack, static_argnums=(1, 2))
+  return init(jax.random.key(0), architecture, layers)
 
 
 def _grad(architecture, params, *, remat):
@@ -207,7 +212,7 @@ def _grad(architecture, params, *, remat):
 
 @pytest.mark.parametrize("remat", ["layer", "dots"])
 def test_remat_keeps_the_gradient(tiny, remat):
-  params = init_stack(jax.random.key(0), tiny, 3)
+  params = random_stack(tiny, 3)
 
   expected = _grad(tiny, params, remat="none")
 
@@ -221,7 +226,7 @@ def test_remat_keeps_the_gradient(tiny, remat):
 
 
 def test_unknown_remat_is_refused(tiny):
-  params = init_stack(jax.random.key(0), tiny, 1)
+  params = random_stack(tiny, 1)
 
   with pytest.raises(ValueError, match="remat 'full'"):
     _grad(tiny, params, remat="full")
@@ -229,7 +234,7 @@ def test_unknown_remat_is_refused(tiny):
 
 def test_bfloat16_stays_close(tiny):
   model = RewardModel(tiny, safe_ids=(3,), unsafe_ids=(5,))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   low = dataclasses.replace(model, dtype="bfloat16")
   batch = rows.plain([[3, 1, 4, 1, 5]])
 

@@ -141,10 +141,10 @@ def test_unknown_choices_are_refused_by_key(choice, named):
 
 def test_output_embedding_that_was_dropped_is_named():
   model = RewardModel(architecture(tie_word_embeddings=False))
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
 
   with pytest.raises(ValueError, match="keep_lm_head"):
-    model.logits(params, rows.plain([[1, 2]]))
+    jax.eval_shape(model.logits, params, rows.plain([[1, 2]]))
 
 
 TRAINED = [

@@ -5,6 +5,9 @@ under `jax.lax.scan`, so that compile time does not grow with depth.
 """
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -221,11 +224,8 @@ def _read_sliding_window(config: dict[str, Any]) -> int:
 class Linear(nnx.Module):
   """y = x W + b, plus the low-rank update (x A) B where a rank is given."""
 
-  def __init__(
-    self, ins: int, outs: int, *, bias: bool, rank: int, rngs: nnx.Rngs
-  ):
-    normal = jax.random.normal(rngs.params(), (ins, outs), jnp.float32)
-    self.kernel = nnx.Param(normal * ins**-0.5)
+  def __init__(self, ins: int, outs: int, *, bias: bool, rank: int):
+    self.kernel = nnx.Param(jnp.zeros((ins, outs)))  # filled by init_stack
     self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
     self.lora_a = nnx.Param(jnp.zeros((ins, rank))) if rank else None
     self.lora_b = nnx.Param(jnp.zeros((rank, outs))) if rank else None
@@ -256,15 +256,15 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions over token tries."""
 
-  def __init__(self, arch: Architecture, *, rank: int, rngs: nnx.Rngs):
+  def __init__(self, arch: Architecture, *, rank: int):
     self.arch = arch
     d, e = arch.width, arch.head_dim
     q, kv = arch.heads * e, arch.kv_heads * e
     bias = arch.qkv_bias
-    self.query = Linear(d, q, bias=bias, rank=rank, rngs=rngs)
-    self.key = Linear(d, kv, bias=bias, rank=rank, rngs=rngs)
-    self.value = Linear(d, kv, bias=bias, rank=rank, rngs=rngs)
-    self.out = Linear(q, d, bias=arch.out_bias, rank=rank, rngs=rngs)
+    self.query = Linear(d, q, bias=bias, rank=rank)
+    self.key = Linear(d, kv, bias=bias, rank=rank)
+    self.value = Linear(d, kv, bias=bias, rank=rank)
+    self.out = Linear(q, d, bias=arch.out_bias, rank=rank)
     self.query_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
     self.key_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
 
@@ -291,11 +291,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """SwiGLU: down(silu(gate x) * up x)."""
 
-  def __init__(self, arch: Architecture, *, rank: int, rngs: nnx.Rngs):
+  def __init__(self, arch: Architecture, *, rank: int):
     d, f = arch.width, arch.ffn
-    self.gate = Linear(d, f, bias=False, rank=rank, rngs=rngs)
-    self.up = Linear(d, f, bias=False, rank=rank, rngs=rngs)
-    self.down = Linear(f, d, bias=False, rank=rank, rngs=rngs)
+    self.gate = Linear(d, f, bias=False, rank=rank)
+    self.up = Linear(d, f, bias=False, rank=rank)
+    self.down = Linear(f, d, bias=False, rank=rank)
 
   def __call__(
     self, x: Float[Array, "b l d"], *, lora_scale: float
@@ -308,11 +308,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """One pre-norm layer: attention, then MLP, each with a residual."""
 
-  def __init__(self, arch: Architecture, *, rank: int = 0, rngs: nnx.Rngs):
+  def __init__(self, arch: Architecture, *, rank: int = 0):
     self.attention_norm = RMSNorm(arch.width, eps=arch.norm_eps)
-    self.attention = Attention(arch, rank=rank, rngs=rngs)
+    self.attention = Attention(arch, rank=rank)
     self.mlp_norm = RMSNorm(arch.width, eps=arch.norm_eps)
-    self.mlp = MLP(arch, rank=rank, rngs=rngs)
+    self.mlp = MLP(arch, rank=rank)
 
   def __call__(
     self,
@@ -336,13 +336,28 @@ class Block(nnx.Module):
 def init_stack(
   key: jax.Array, architecture: Architecture, layers: int
 ) -> Params:
-  """Random parameters of `layers` layers, each leaf with a leading [n]."""
+  """Random parameters of `layers` layers, each leaf with a leading [n].
 
-  def one(key: jax.Array) -> Params:
-    block = Block(architecture, rngs=nnx.Rngs(key))
-    return nnx.state(block).to_pure_dict()
+  Kernels have variance 1 / inputs, biases are 0 and norm scales 1.
+  """
+  one = nnx.state(Block(architecture)).to_pure_dict()
+  stacked = jax.tree.map(lambda x: jnp.tile(x, (layers,) + (1,) * x.ndim), one)
+  leaves, tree = jax.tree.flatten(stacked)
+  kernels = [i for i, x in enumerate(leaves) if x.ndim == 3]
+  drawn = normals(key, [leaves[i].shape for i in kernels])
+  for i, x in zip(kernels, drawn, strict=True):
+    leaves[i] = x * x.shape[1] ** -0.5
+  return jax.tree.unflatten(tree, leaves)
 
-  return jax.vmap(one)(jax.random.split(key, layers))
+
+def normals(
+  key: jax.Array, shapes: Sequence[tuple[int, ...]]
+) -> list[Float[Array, "..."]]:
+  """Standard normal arrays out of one draw: XLA compiles each draw slowly."""
+  sizes = [math.prod(shape) for shape in shapes]
+  flat = jax.random.normal(key, (sum(sizes),), jnp.float32)
+  parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
+  return [x.reshape(s) for x, s in zip(parts, shapes, strict=True)]
 
 
 def run_stack(
@@ -379,9 +394,7 @@ def run_stack(
   """
   rope = rope_table(architecture, positions)
   graph, _ = nnx.split(
-    nnx.eval_shape(
-      lambda: Block(architecture, rank=lora_rank, rngs=nnx.Rngs(0))
-    )
+    nnx.eval_shape(lambda: Block(architecture, rank=lora_rank))
   )
   lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
 

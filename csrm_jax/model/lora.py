@@ -7,6 +7,8 @@ Source: Hu et al. 2021 (arXiv:2106.09685). The forward pass is in
 import jax
 import jax.numpy as jnp
 
+from csrm_jax.model.backbone import normals
+from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.types import Params
 
 LEAVES = ("lora_a", "lora_b")
@@ -20,16 +22,15 @@ def init(key: jax.Array, stack: Params, rank: int) -> Params:
     stack: nested dict whose leaves `kernel` are [n, in, out].
     rank: of the updates, at least 1.
   """
-  if "kernel" not in stack:
-    keys = jax.random.split(key, len(stack))
-    return {
-      name: init(k, child, rank) if isinstance(child, dict) else child
-      for k, (name, child) in zip(keys, sorted(stack.items()), strict=True)
-    }
-  n, ins, outs = stack["kernel"].shape
-  a = jax.random.normal(key, (n, ins, rank), jnp.float32) * ins**-0.5
-  b = jnp.zeros((n, rank, outs), jnp.float32)
-  return stack | {"lora_a": a, "lora_b": b}
+  flat = flatten(stack)
+  kernels = {k: v.shape for k, v in flat.items() if k.endswith("/kernel")}
+  shapes = [(n, ins, rank) for n, ins, _ in kernels.values()]
+  drawn = normals(key, shapes)
+  for (path, (n, ins, outs)), a in zip(kernels.items(), drawn, strict=True):
+    prefix = path.removesuffix("kernel")
+    flat[f"{prefix}lora_a"] = a * ins**-0.5
+    flat[f"{prefix}lora_b"] = jnp.zeros((n, rank, outs), jnp.float32)
+  return unflatten(flat)
 
 
 def merge(params: Params, alpha: float) -> Params:

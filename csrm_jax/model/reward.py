@@ -21,6 +21,7 @@ from csrm_jax.model.backbone import (
   REMAT,
   Architecture,
   init_stack,
+  normals,
   rms_norm,
   run_stack,
 )
@@ -107,9 +108,10 @@ class RewardModel:
   def init(self, key: jax.Array) -> Params:
     """Random parameters, float32; may run under `jax.jit`."""
     arch = self.architecture
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(key, 4)
     shape = (arch.vocab_size, arch.width)
-    embedding = 0.02 * jax.random.normal(keys[0], shape, jnp.float32)
+    tables = normals(keys[0], [shape] if arch.tied else [shape, shape])
+    embedding, output = 0.02 * tables[0], 0.02 * tables[-1]
     params: Params = {
       "embed": {"embedding": embedding},
       "final_norm": {"scale": jnp.ones(arch.width)},
@@ -119,13 +121,10 @@ class RewardModel:
       params["lower"] = init_stack(keys[1], arch, lower)
     if arch.layers > lower:
       params["upper"] = init_stack(keys[2], arch, arch.layers - lower)
-    output = embedding
-    if not arch.tied:
-      output = 0.02 * jax.random.normal(keys[3], shape, jnp.float32)
     if self.has_lm_head:
       params["lm_head"] = {"kernel": output}
     params["head"] = {"kernel": self.start_head(output)}
-    return self.with_adapters(params, keys[4])
+    return self.with_adapters(params, keys[3])
 
   def start_head(self, output: Float[Array, "v d"]) -> Float[Array, "2 d"]:
     """Row 0: output embedding of " safe" minus " unsafe"; row 1: zero.
