@@ -287,6 +287,8 @@ def hash_family(text: str) -> str:
 def fingerprint(source: str, *, path: str | Path | None) -> str:
   """Hash of everything the rows of `source` are made from."""
   digest = hashlib.sha256(f"{_VERSION}".encode())
+  # The code that renders specs and makes rows counts among the inputs.
+  digest.update((Path(__file__).parent.parent / "spec.py").read_bytes())
   for name in split_names(source):
     digest.update(name.encode())
     for file in _inputs(name, path):
