@@ -3,7 +3,7 @@
 import numpy as np
 
 from csrm_jax.config import default
-from csrm_jax.data.trie import Packed, pack
+from csrm_jax.data.trie import Packed, pack, real_tokens
 from csrm_jax.model import reward
 from csrm_jax.types import Example, Pair, Segment
 
@@ -40,3 +40,8 @@ def tiny_model(**changes):
   config.attention = "dense"
   config.update(changes)
   return reward.make(config, vocab_size=VOCAB, safe_ids=[3], unsafe_ids=[4])
+
+
+def trie_tokens(batch) -> int:
+  """Tokens of a batch that are not padding."""
+  return int(np.asarray(real_tokens(batch)).sum())
