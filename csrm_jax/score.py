@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +81,6 @@ class Judge:
     """Longest sequence that the backbone takes, tokens."""
     shape = self.model.architecture
     return min(shape.context, shape.sliding_window or shape.context)
-
-  @functools.cached_property
-  def _apply(self) -> Any:
-    return jax.jit(self.model.apply)
 
 
 class Score(NamedTuple):
@@ -400,12 +396,17 @@ def _read_chunk(
   rows = 1 if jax.default_backend() == "cpu" else 8
   for first in range(0, len(packed.where), rows):
     batch = _rows(packed.batch, first, rows)
-    values = np.asarray(judge._apply(judge.params, batch))
+    values = np.asarray(_compiled(judge.model)(judge.params, batch))
     where = packed.where[first : first + rows]
     for row, slots in enumerate(where):
       for slot, (example, _) in enumerate(slots):
         yield example, values[row, slot]
         bar.update(len(sequences[example]))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model: RewardModel) -> Callable[..., jax.Array]:
+  return jax.jit(model.apply)  # one cache for all judges of a shape
 
 
 def _row_length(sequences: Sequence[tuple[int, ...]]) -> int:

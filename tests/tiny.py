@@ -17,7 +17,7 @@ from csrm_jax.model import reward
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.score import Judge
-from csrm_jax.types import TrainState
+from csrm_jax.types import Params, TrainState
 
 TEXTS = (
   "Judge the last assistant message by this policy.",
@@ -96,3 +96,15 @@ def write_workdir(folder: Path, made: Judge) -> Path:
     checkpoint.save(manager, 7, state)
     manager.wait_until_finished()
   return folder
+
+
+def with_noise(params: Params, leaves: tuple[str, ...]) -> Params:
+  """Parameters in which the leaves of these names are random."""
+  return {
+    name: with_noise(child, leaves)
+    if isinstance(child, dict)
+    else jax.random.normal(jax.random.key(2), child.shape)
+    if name in leaves
+    else child
+    for name, child in params.items()
+  }
