@@ -451,6 +451,7 @@ def polyguard(
   for raw in raws:
     clause = _Clause(raw["category"], raw["rule"])
     drawn.setdefault(raw["policy"], []).append(clause)
+  drawn = {policy: sorted(found) for policy, found in drawn.items()}
   clauses = {p: tuple(dict.fromkeys(c)) for p, c in drawn.items()}
   counts["polyguard_without_other_rule"] = 0
   for raw in raws:

@@ -413,7 +413,7 @@ def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         if number == 1:
           raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
-          yield number, raw
+          yield number, raw.rstrip(b"\r\n")
   except (gzip.BadGzipFile, EOFError, zlib.error) as error:
     raise ValueError(
       f"{path}: broken gzip file ({error}); fetch or write it again"
