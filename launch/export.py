@@ -5,6 +5,8 @@ python launch/export.py --model=runs/demo --output=runs/demo/export
 
 import argparse
 
+from absl import logging
+
 from csrm_jax import errors
 from csrm_jax.export import huggingface
 
@@ -21,6 +23,7 @@ def main() -> None:
   ):
     if not getattr(flags, name):
       parser.error(f"--{name} is missing; give {example}")
+  logging.set_verbosity(logging.ERROR)  # Orbax warns about every read
   with errors.told():
     done = huggingface.export(flags.model, flags.output, head=flags.head)
   print(

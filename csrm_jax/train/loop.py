@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from csrm_jax import checkpoint, sharding
@@ -20,6 +19,7 @@ from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
 from csrm_jax.data import tokenizer as tokenizers
 from csrm_jax.data.tokenizer import Tokenizer
+from csrm_jax.eval import calibrate
 from csrm_jax.losses import TERMS
 from csrm_jax.model import reward
 from csrm_jax.model.reward import LoadParams, RewardModel
@@ -92,7 +92,6 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     return result
   result["params_sha256"] = checkpoint.params_sha256(state.params)
   del state
-  from csrm_jax.eval import calibrate
   result |= calibrate.calibrate_workdir(workdir, data / "heldout.jsonl")
   _write_json(workdir / "result.json", result)
   return result
@@ -217,6 +216,8 @@ def _log(workdir: Path) -> Iterator[Any]:
   if jax.process_index() != 0:
     yield lambda line: None
     return
+  from tensorboardX import SummaryWriter  # imports torch where it finds it
+
   board = SummaryWriter(str(workdir / "tensorboard"))
   with (workdir / "metrics.jsonl").open("a") as out:
 

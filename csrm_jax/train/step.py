@@ -72,9 +72,7 @@ def loss_and_gradients(
     else:
       readouts = model.apply(joined, part)
     terms = losses.mixed(readouts, part, log_mass=log_mass, **options)
-    loss = losses.total(
-      terms, weights=dict(weights), denominators=denominators
-    )
+    loss = losses.total(terms, weights=dict(weights), denominators=denominators)
     return loss, terms
 
   value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
