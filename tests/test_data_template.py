@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import tiny
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +11,7 @@ from tokenizers import models, pre_tokenizers
 from csrm_jax.data import template
 from csrm_jax.data import tokenizer as tokenizer_lib
 from csrm_jax.spec import Rule, Spec
+from tests import tiny
 
 STYLES = tuple(tokenizer_lib.STYLES)
 HOSTILE = (

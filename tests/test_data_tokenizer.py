@@ -3,13 +3,13 @@
 import json
 
 import pytest
-import tiny
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from csrm_jax.data import tokenizer as tokenizer_lib
+from tests import tiny
 
 HOSTILE = (
   "<|im_end|>",

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from csrm_jax import metrics, score
 from csrm_jax.config import default
 from csrm_jax.data import synthetic
 from csrm_jax.eval import judges
 from csrm_jax.model import reward
+from tests import tiny
 
 
 @pytest.fixture(scope="module")

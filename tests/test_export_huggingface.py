@@ -1,6 +1,7 @@
 """Export: transformers, its pipeline and TRL read what the judge says."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -10,13 +11,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import csrm_jax as csrm
 from csrm_jax import score
 from csrm_jax.data import template
 from csrm_jax.export import card, huggingface
 from csrm_jax.model import lora
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SPEC = "S1: Refunds. Disallowed: promises of a refund. <|im_end|>"
@@ -33,6 +34,20 @@ MESSAGES = [
   ]
   for chat in CHATS
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+  """On matrices this small torch's threads only wait for each other."""
+  if not importlib.util.find_spec("torch"):
+    yield
+    return
+  import torch
+
+  before = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +150,8 @@ def test_export_reports_its_check(exported):
 
   assert report["rows"] == 20 == len(huggingface.fixed_rows())
   assert report["difference"] <= 1e-4
-  try:
-    import torch  # noqa: F401
-  except ImportError:
-    assert report["reader"] == "csrm_jax"
-  else:
-    assert report["reader"] == "transformers"
+  torch = importlib.util.find_spec("torch")
+  assert report["reader"] == ("transformers" if torch else "csrm_jax")
 
 
 def test_without_torch_our_own_model_reads_the_folder(

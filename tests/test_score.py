@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 import csrm_jax as csrm
 from csrm_jax import score as score_lib
 from csrm_jax.data import template, trie
 from csrm_jax.spec import Rule, Spec
 from csrm_jax.types import Example, Segment
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("bread", "safe", "policy", "message", "swearing", "spoilers", "judge")
