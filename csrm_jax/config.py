@@ -37,6 +37,7 @@ def default() -> ConfigDict:
 
   c.optimizer = o = ConfigDict()
   o.lr = 1e-4  # peak, after warm-up
+  o.head_lr = 0.1  # multiple of lr for the score head
   o.warmup = 0.05  # share of steps
   o.final_lr = 0.1  # share of the peak at the end of the cosine
   o.b1 = 0.9
@@ -60,6 +61,9 @@ def default() -> ConfigDict:
   d.path = placeholder(str)  # folder of the real sets, or a .jsonl file
   d.prepared = placeholder(str)  # named folder of prepared rows, read only
   d.examples = 0  # families kept per source; 0: all (synthetic: its own size)
+  d.first = ""  # families of this source are trained on first, once, before
+  #               the shuffled rest: "synthetic/presence"
+  d.first_families = 0  # at most so many of them
   d.heldout = 0.1  # share of families kept from training (calibration, eval)
   d.row_length = 1024  # tokens
   d.slots = 64  # readouts in a row

@@ -63,10 +63,8 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """
   if not shape:
     return P()
-  for pattern, spec in _TABLE:
-    if re.search(pattern, path):
-      break
-  else:
+  spec = next((s for pattern, s in _TABLE if re.search(pattern, path)), None)
+  if spec is None:
     raise ValueError(f"parameter {path!r}: no line of the sharding table fits")
   names = (None,) * (len(shape) - len(spec)) + tuple(spec)
   fitting = (

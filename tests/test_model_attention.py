@@ -9,14 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrm_jax.model.attention import (
-  SAVED,
-  attention,
-  blocks,
-  dense,
-  reached_blocks,
-  visible,
-)
+from csrm_jax.model import attention as module
+from csrm_jax.model.attention import SAVED, blocks, reached_blocks, visible
 
 BLOCK = 8  # tokens; small blocks, so that short rows have many
 
@@ -52,8 +46,9 @@ def both(f, end, q, k, v, cotangent):
   return [out, *pull(cotangent)]
 
 
-def few_blocks(q, k, v, end):
-  return blocks(q, k, v, end, block=BLOCK)
+dense = jax.jit(module.dense)
+few_blocks = jax.jit(functools.partial(blocks, block=BLOCK))
+attention = jax.jit(module.attention, static_argnames="kind")
 
 
 def assert_equal_to_dense(end, q, k, v, cotangent):
@@ -157,7 +152,7 @@ def test_blocks_between_branches_are_skipped():
 
 
 def test_works_under_scan_and_remat_and_saves_by_name():
-  end = jnp.asarray([forest(40, seed=4, chains=0.9)])
+  end = jnp.asarray([forest(24, seed=4, chains=0.9)])
   q, k, v, _ = arrays(end, h=4, g=4)
   policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
 
@@ -187,7 +182,7 @@ def test_shapes_alone_decide_what_is_compiled():
 
 
 def test_the_default_block_at_its_real_size():
-  end = jnp.asarray([forest(300, seed=6, chains=0.97)])
+  end = jnp.asarray([forest(150, seed=6, chains=0.97)])
   q, k, v, _ = arrays(end, h=3, g=1, e=16)
 
   np.testing.assert_allclose(

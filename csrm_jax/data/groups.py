@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 from csrm_jax.data.domains import SLOT, Domain, Pool, world
 from csrm_jax.spec import Rule, Spec, Subcategory, Truth, complies
 
-# Swaps teach polarity, presence teaches which rule applies; both need only the
+# Presence teaches which rule applies, and is what operators change most often;
+# swaps teach polarity. Both need only the
 # title, so they carry most of the weight. Levels and carve-outs need finer
 # matching, and refusals a rule about form instead of content.
 KINDS = {
-  "swap": 0.35,
-  "presence": 0.2,
-  "level": 0.2,
-  "carve": 0.1,
-  "refusal": 0.15,
+  "swap": 0.3,
+  "presence": 0.4,
+  "level": 0.12,
+  "carve": 0.06,
+  "refusal": 0.12,
 }
 # Specs in a training group: two fill a 1024-token row once; four add reworded
 # and reordered versions, so that wording and order carry no information.

@@ -1,7 +1,7 @@
 """Batch k of a training run: a pure function of (rows, seed, k, batch size)."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -11,11 +11,15 @@ from jax.sharding import NamedSharding
 from csrm_jax.data.prepare import read_meta, row_dtype
 from csrm_jax.types import Batch
 
+Rows = Callable[[int], Batch]
 
-def open_rows(folder: str | Path, *, seed: int) -> grain.MapDataset[Any]:
-  """Prepared rows in a new random order each epoch, without end.
 
-  Element i is a `Batch` of one row without the row axis (NumPy).
+def open_rows(folder: str | Path, *, seed: int) -> Rows:
+  """Prepared rows without end: row i of a run as a function of i.
+
+  The rows that `data.first` put in front come first, once; the others follow
+  in a new random order each epoch. A row is a `Batch` without the row axis
+  (NumPy).
 
   Raises:
     ValueError: no prepared rows in `folder`, or fewer than the manifest says.
@@ -29,17 +33,21 @@ def open_rows(folder: str | Path, *, seed: int) -> grain.MapDataset[Any]:
       "file was cut or replaced: prepare again"
     )
   dtype = row_dtype(**meta["shape"])
+  leading = meta["first_rows"]
+  records = grain.MapDataset.source(source)
+  first = records[:leading].shuffle(seed=seed % 2**32) if leading else records
+  rest = records[leading:].shuffle(seed=seed % 2**32).repeat()
 
-  def decode(record: bytes) -> Batch:
-    row = np.frombuffer(record, dtype)[0]
-    return Batch(*(row[name] for name in Batch._fields))
+  def row(index: int) -> Batch:
+    record = first[index] if index < leading else rest[index - leading]
+    fields = np.frombuffer(record, dtype)[0]
+    return Batch(*(fields[name] for name in Batch._fields))
 
-  dataset = grain.MapDataset.source(source).shuffle(seed=seed % 2**32)
-  return dataset.repeat().map(decode)
+  return row
 
 
 def batch_at(
-  rows: grain.MapDataset[Any],
+  rows: Rows,
   step: int,
   *,
   batch_rows: int,
@@ -55,7 +63,7 @@ def batch_at(
   """
   first = step * batch_rows
   if sharding is None:
-    picked = [rows[first + i] for i in range(batch_rows)]
+    picked = [rows(first + i) for i in range(batch_rows)]
     return Batch(*(np.stack(leaf) for leaf in zip(*picked, strict=True)))
   cache: dict[int, Batch] = {}
 
@@ -64,13 +72,13 @@ def batch_at(
       start, stop, _ = index[0].indices(batch_rows)
       for i in range(start, stop):
         if i not in cache:
-          cache[i] = rows[first + i]
+          cache[i] = rows(first + i)
       block = np.stack([getattr(cache[i], name) for i in range(start, stop)])
       return block[(slice(None), *index[1:])]
 
     return jax.make_array_from_callback(shape, sharding, local)
 
-  example = rows[first]
+  example = rows(first)
   return Batch(
     *(
       field(name, (batch_rows, *np.shape(getattr(example, name))))

@@ -226,6 +226,7 @@ def prepare(
       out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
   heldout_families: set[str] = set()
+  first_families: set[str] = set()
 
   def training() -> Iterator[Mapping[str, Any]]:
     rows = sources.load(
@@ -244,6 +245,10 @@ def prepare(
         heldout_families.add(family)
         held.write(json.dumps(row, ensure_ascii=False) + "\n")
       else:
+        if row["source"] == data.first and (
+          len(first_families) < data.first_families
+        ):
+          first_families.add(family)
         yield row
 
   made = examples(
@@ -262,22 +267,27 @@ def prepare(
   counts["families_heldout"] = len(heldout_families)
   counts["families_train"] = len(made)
   shape = {k: data[k] for k in ("row_length", "slots", "pairs")}
-  packed = pack(made, **shape)
-  counts |= packed.counts
+  counts["families_first"] = len(first_families)
+  first = [x for x in made if x.id in first_families]
+  rest = [x for x in made if x.id not in first_families]
+  packed = [pack(part, **shape) for part in (first, rest) if part]
+  for part in packed:
+    for name, n in part.counts.items():
+      counts[name] = counts.get(name, 0) + n
   digest = hashlib.sha256(template.fingerprint(tokenizer).encode())
   writer = ArrayRecordWriter(
     str(partial / "train.array_record"), "group_size:1"
   )
-  dtype = row_dtype(**shape)
-  number = len(packed.where)
-  records = np.empty(number, dtype)
-  for name, leaf in packed.batch._asdict().items():
-    records[name] = leaf
+  number = sum(len(part.where) for part in packed)
+  records = np.empty(number, row_dtype(**shape))
+  for name in Batch._fields:
+    leaves = [getattr(part.batch, name) for part in packed]
+    records[name] = np.concatenate(leaves)
   for record in records:
     digest.update(record.tobytes())
     writer.write(record.tobytes())
   writer.close()
-  labels = packed.batch.label_weight
+  weight = records["label_weight"]
   meta = {
     "key": preparation_key(config, tokenizer),
     "fingerprint": "sha256:" + digest.hexdigest(),
@@ -287,8 +297,9 @@ def prepare(
     "seed": config.seed,
     "shape": shape,
     "rows": number,
+    "first_rows": len(packed[0].where) if first and rest else 0,
     "label_balance": float(
-      np.sum(packed.batch.label * labels) / max(float(np.sum(labels)), 1e-9)
+      np.sum(records["label"] * weight) / max(float(np.sum(weight)), 1e-9)
     ),
     "counts": dict(sorted(counts.items())),
   }

@@ -162,9 +162,7 @@ def _best_row(rows: list[_Row], example: Example, limits) -> _Row | None:
 
 def _added(row: _Row, example: Example, size: int) -> int:
   """New nodes that `example` would bring to `row`."""
-  prefixes = {
-    s.tokens[: row.shared(s.tokens)] for s in example.segments
-  } - {()}
+  prefixes = {s.tokens[: row.shared(s.tokens)] for s in example.segments} - {()}
   held: dict[int, dict] = {}
   return size - sum(_insert(held, p) for p in prefixes)
 

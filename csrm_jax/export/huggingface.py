@@ -187,6 +187,7 @@ def _write_weights(
   def flush() -> None:
     name = f"shard-{len(shards)}"
     safetensors.numpy.save_file(held, folder / name, {"format": "pt"})
+    (folder / name).chmod(0o644)  # it is written for its owner alone
     shards.append(list(held))
     held.clear()
 
@@ -329,16 +330,16 @@ def _read_by_transformers(
   model = AutoModelForSequenceClassification.from_pretrained(
     folder, dtype=torch.float32
   ).eval()
-  found = []
-  for messages, spec in rows:
-    inputs = tokenizer.apply_chat_template(
+  sequences = [
+    tokenizer.apply_chat_template(
       messages,
       **({"spec": spec} if head == "compliance" else {}),
       tokenize=True,
       sanitize_control_tokens=True,
-      return_tensors="pt",
-      return_dict=True,
-    )
-    with torch.inference_mode():
-      found.append(model(**inputs).logits[0, 0].item())
-  return np.array(found)
+    )["input_ids"]
+    for messages, spec in rows
+  ]
+  # One padded batch, so that the padding token is verified too.
+  inputs = tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
+  with torch.inference_mode():
+    return model(**inputs).logits[:, 0].numpy()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from csrm_jax.model.attention import attention
+from csrm_jax.model.attention import SAVED, attention
 from csrm_jax.types import Params
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -382,7 +382,8 @@ def run_stack(
     subtree_end: mask, see `types.Batch`.
     kind: of attention, see `attention.attention`.
     remat: what the backward pass keeps: "none" recomputes nothing, "layer"
-      keeps only the input of each layer, "dots" also its weight products.
+      keeps the input of each layer and what its attention in blocks needs,
+      "dots" also its weight products.
     lora_rank: rank of the low-rank updates in `params`; 0 if there are none.
     lora_alpha: the updates are scaled by `lora_alpha / lora_rank`.
 
@@ -403,14 +404,16 @@ def run_stack(
     y = block(x, rope, subtree_end, kind=kind, lora_scale=lora_scale)
     return y, None
 
-  # prevent_cse guards against a hazard that cannot occur inside a scan.
-  if remat == "layer":
-    layer = jax.checkpoint(layer, prevent_cse=False)
-  elif remat == "dots":
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-  elif remat != "none":
+  policies = jax.checkpoint_policies
+  keep = policies.save_only_these_names(*SAVED)
+  if remat == "dots":
+    dots = policies.dots_with_no_batch_dims_saveable
+    keep = policies.save_from_both_policies(keep, dots)
+  elif remat not in REMAT:
     raise ValueError(f"model.remat {remat!r}: use one of {REMAT}")
+  if remat != "none":
+    # prevent_cse guards against a hazard that cannot occur inside a scan.
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=keep)
   return jax.lax.scan(layer, x, params)[0]
 
 

@@ -39,6 +39,13 @@ def decays(params: Any) -> Any:
   )
 
 
+def is_head(params: Any) -> Any:
+  """Tree of bools: the leaves of the score head."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path_name(path).startswith("head/"), params
+  )
+
+
 def make_optimizer(
   *,
   lr: float,
@@ -49,10 +56,25 @@ def make_optimizer(
   b2: float = 0.98,
   weight_decay: float = 0.01,
   clip: float = 1.0,
+  head_lr: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over trained leaves."""
+  """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over trained leaves.
+
+  Args:
+    lr: peak learning rate.
+    steps: optimizer steps in all.
+    warmup: share of the steps.
+    final_lr: share of the peak at the end.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    weight_decay: on matrices, see `decays`.
+    clip: global gradient norm.
+    head_lr: multiple of `lr` for the head. The states it reads have a large
+      common part, so a full step on it shifts every score at once.
+  """
   rate = schedule(lr=lr, steps=steps, warmup=warmup, final_lr=final_lr)
   return optax.chain(
     optax.clip_by_global_norm(clip),
     optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decays),
+    optax.masked(optax.scale(head_lr), is_head),
   )
