@@ -1,0 +1,28 @@
+"""As the demo, with more groups, longer specs, more layers; 2 CPU cores.
+
+About two hours; stops and resumes at its checkpoints.
+"""
+
+from csrm_jax.config import default
+
+
+def get_config():
+  c = default()
+  c.steps = 1200
+  c.batch_rows = 2
+  c.checkpoint_every = 100
+  c.keep_checkpoints = 1
+  c.model.path = "smollm2"
+  c.model.train_layers = 20
+  c.model.remat = "none"
+  c.optimizer.lr = 2e-4
+  c.loss.spec = 1.0
+  c.loss.resp = 0.3
+  c.data.examples = 1800
+  c.data.row_length = 512
+  c.data.slots = 24
+  c.data.pairs = 48
+  c.data.max_rules = 3
+  c.data.first = "synthetic/presence"
+  c.data.first_families = 40
+  return c
