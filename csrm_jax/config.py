@@ -82,4 +82,4 @@ def default() -> ConfigDict:
   c.eval = e = ConfigDict()
   e.suites = ""  # run at the end of `make demo`; names joined by commas
   e.bootstrap = 500  # resamples for the 95 % intervals
-  return c
+  return c.lock()

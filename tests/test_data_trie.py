@@ -104,9 +104,7 @@ def test_large_family_is_split_by_pairs_and_counted():
   prompt = tuple(range(1, 11))
   parts = tuple(Segment((*prompt, 20 + i, 40 + i), 1.0) for i in range(6))
   pairs = tuple(Pair(i, i + 1, "resp") for i in range(0, 6, 2))
-  packed = pack(
-    [Example("a", parts, pairs)], row_length=14, slots=4, pairs=2
-  )
+  packed = pack([Example("a", parts, pairs)], row_length=14, slots=4, pairs=2)
   assert packed.batch.tokens.shape[0] == 3
   assert packed.counts["split_families"] == 1
   assert packed.counts["repeated_prefix_tokens"] == 2 * len(prompt)

@@ -202,7 +202,9 @@ def test_frozen_parameters_stay_and_have_no_moments(changes):
   )
   trained, frozen = model.split(after.params)
   _, before = model.split(state.params)
-  for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(frozen), jax.tree.leaves(before), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
   held = sum(x.size for x in jax.tree.leaves(after.opt_state))
   assert held < 2 * sum(x.size for x in jax.tree.leaves(trained)) + 10

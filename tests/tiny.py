@@ -73,7 +73,7 @@ def judge(
     }
   )
   model = RewardModel(architecture, safe_ids=safe, unsafe_ids=unsafe, **choices)
-  params = model.init(jax.random.key(0))
+  params = jax.jit(model.init)(jax.random.key(0))
   noise = jax.random.normal(jax.random.key(1), (2, 32))
   params["head"]["kernel"] = params["head"]["kernel"] + 0.3 * noise
   params["embed"]["embedding"] = 20 * params["embed"]["embedding"]

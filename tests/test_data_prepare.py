@@ -1,0 +1,187 @@
+import json
+
+import numpy as np
+import pytest
+
+from csrm_jax.config import default
+from csrm_jax.data import loader, prepare
+from csrm_jax.types import PAIR_KINDS
+from tests import tiny
+
+USER = {"role": "user", "content": "How do I bake bread?"}
+
+
+def said(text):
+  return [USER, {"role": "assistant", "content": text}]
+
+
+def contract_rows():
+  """A row of each kind, eight families of them."""
+  for i in range(8):
+    family = {"family": f"f{i}"}
+    yield {
+      "id": f"a{i}", "messages": said(f"No {i}."), "label": i % 2,
+      "spec": "Disallowed: swearing.", "weight": 1.0 + i, **family,
+    }  # fmt: skip
+    yield {
+      "id": f"b{i}", "prompt": [USER], "kind": "resp",
+      "chosen": said(f"Yes {i}.")[1:], "rejected": said(f"No {i}.")[1:],
+      "spec": "Disallowed: swearing.", "margin": 0.5, **family,
+    }  # fmt: skip
+    yield {
+      "id": f"c{i}", "prompt": [USER], "kind": "help",
+      "chosen": said("Flour, water, salt, time.")[1:],
+      "rejected": said("Bread.")[1:], **family,
+    }  # fmt: skip
+    yield {
+      "id": f"d{i}", "messages": said(f"Yes {i}."),
+      "chosen_spec": "Allowed: mild jokes.",
+      "rejected_spec": "Disallowed: swearing.", **family,
+    }  # fmt: skip
+    yield {
+      "id": f"e{i}",
+      "ladder": [
+        {"messages": said(t), "spec": "Disallowed: swearing."}
+        for t in ("Damn!", "Hm.", "Yes.")
+      ],
+      **family,
+    }
+
+
+@pytest.fixture
+def config(tmp_path):
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(json.dumps(r) + "\n" for r in contract_rows()))
+  c = default()
+  c.data.update(
+    source="jsonl", path=str(rows), row_length=512, slots=32, pairs=32
+  )
+  c.data.heldout = 0.3
+  return c
+
+
+def test_examples_merge_equal_sequences():
+  counts: dict[str, int] = {}
+  rows = [r for r in contract_rows() if r["family"] == "f1"]
+  (example,) = prepare.examples(
+    rows, tiny.tokenizer(), max_tokens=256, counts=counts
+  )
+  # No 1. | Yes 1. | two spec-free | Yes 1. lenient | Damn! Hm. Yes.
+  assert len(example.segments) == 8
+  labelled = [s for s in example.segments if not np.isnan(s.label)]
+  assert [(s.label, s.weight) for s in labelled] == [(1.0, 2.0)]
+  kinds = [p.kind for p in example.pairs]
+  assert kinds == ["resp", "help", "spec", "severity", "severity", "severity"]
+  assert example.pairs[0].margin == 0.5
+  assert sum(p.weight for p in example.pairs[3:]) == pytest.approx(1.0)
+  for pair in example.pairs[3:]:  # the milder rung wins
+    assert pair.win > pair.lose
+  assert counts == {
+    "rows_label": 1, "rows_pair": 2, "rows_spec_pair": 1, "rows_ladder": 1,
+    "cut_messages": 0, "cut_shortened": 0, "cut_rules": 0,
+  }  # fmt: skip
+
+
+def test_prepared_folder_and_its_manifest(config, tmp_path):
+  tokenizer = tiny.tokenizer()
+  folder = prepare.ensure(config, tmp_path / "run", tokenizer)
+  meta = prepare.read_meta(folder)
+  counts = meta["counts"]
+  assert counts["families_train"] + counts["families_heldout"] == 8
+  assert 0 < counts["families_heldout"] < 8
+  held = [json.loads(t) for t in (folder / "heldout.jsonl").open()]
+  assert len({r["family"] for r in held}) == counts["families_heldout"]
+  assert len(held) == 5 * counts["families_heldout"]
+  rows = loader.open_rows(folder, seed=0)
+  batch = loader.batch_at(rows, 0, batch_rows=meta["rows"])
+  train = counts["families_train"]
+  found = {
+    kind: int((batch.pair_weight[batch.pair_kind == i] > 0).sum())
+    for i, kind in enumerate(PAIR_KINDS)
+  }
+  assert found == {
+    "resp": train, "help": train, "spec": train, "severity": 3 * train,
+  }  # fmt: skip
+
+
+def test_heldout_is_a_matter_of_the_family_alone():
+  shares = [
+    np.mean(
+      [prepare.is_heldout(str(i), seed=s, share=0.2) for i in range(2000)]
+    )
+    for s in range(3)
+  ]
+  assert all(0.16 < share < 0.24 for share in shares)
+  assert not prepare.is_heldout("x", seed=0, share=0.0)
+
+
+def test_same_inputs_same_bytes(config, tmp_path):
+  tokenizer = tiny.tokenizer()
+  metas = [prepare.prepare(config, tmp_path / name, tokenizer) for name in "ab"]
+  assert metas[0] == metas[1]
+  config.seed = 1
+  other = prepare.prepare(config, tmp_path / "c", tokenizer)
+  assert other["key"] != metas[0]["key"]
+
+
+def test_stale_rows_are_rewritten_only_in_the_workdir(config, tmp_path):
+  tokenizer = tiny.tokenizer()
+  folder = prepare.ensure(config, tmp_path / "run", tokenizer)
+  before = prepare.read_meta(folder)["key"]
+  named = tmp_path / "named"
+  prepare.prepare(config, named, tokenizer)
+  config.data.row_length = 640
+  prepare.ensure(config, tmp_path / "run", tokenizer)
+  assert prepare.read_meta(folder)["key"] != before
+  config.data.prepared = str(named)
+  with pytest.raises(ValueError, match=rf"stale: made from {before}"):
+    prepare.ensure(config, tmp_path / "run", tokenizer)
+  assert prepare.read_meta(named)["key"] == before
+
+
+def test_response_too_long_is_an_error_or_put_aside(config, tmp_path):
+  with open(config.data.path, "a") as out:
+    row = {
+      "id": "long", "messages": said("word " * 2000), "label": 1,
+      "spec": "Disallowed: swearing.", "family": "f1",
+    }  # fmt: skip
+    out.write(json.dumps(row) + "\n")
+  config.data.heldout = 0.0
+  with pytest.raises(ValueError, match="row 'long'"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+  config.data.on_bad_row = "quarantine"
+  meta = prepare.prepare(config, tmp_path / "b", tiny.tokenizer())
+  assert meta["counts"]["quarantined"] == 1
+  (line,) = (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines()
+  assert json.loads(line)["row"]["id"] == "long"
+
+
+def test_loader_plays_named_rows_first_then_epochs(config, tmp_path):
+  tokenizer = tiny.tokenizer()
+  config.data.heldout = 0.0
+  config.data.row_length = 384
+  config.data.first = "jsonl"
+  config.data.first_families = 3
+  folder = prepare.ensure(config, tmp_path / "run", tokenizer)
+  meta = prepare.read_meta(folder)
+  first, number = meta["first_rows"], meta["rows"]
+  assert 0 < first < number and meta["counts"]["families_first"] == 3
+  rows = loader.open_rows(folder, seed=3)
+
+  def keys(start, stop):
+    return [rows(i).tokens.tobytes() for i in range(start, stop)]
+
+  rest = number - first
+  epochs = [keys(first + e * rest, first + (e + 1) * rest) for e in range(3)]
+  assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
+  again = loader.open_rows(folder, seed=3)
+  assert keys(0, 9) == [again(i).tokens.tobytes() for i in range(9)]
+
+
+def test_cut_record_file_is_refused(config, tmp_path):
+  folder = prepare.ensure(config, tmp_path / "run", tiny.tokenizer())
+  meta = prepare.read_meta(folder)
+  meta["rows"] += 1
+  (folder / "meta.json").write_text(json.dumps(meta))
+  with pytest.raises(ValueError, match=r"meta\.json says"):
+    loader.open_rows(folder, seed=0)
