@@ -233,13 +233,16 @@ class Linear(nnx.Module):
   def __call__(
     self, x: Float[Array, "b l i"], *, lora_scale: float
   ) -> Float[Array, "b l o"]:
-    y = x @ self.kernel[...].astype(x.dtype)
+    # As a plain matrix: with two leading axes the CPU would transpose a copy
+    # of the activations for each weight gradient (a third of the step).
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ self.kernel[...].astype(x.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(x.dtype)
     if self.lora_a is not None and self.lora_b is not None:
-      low = x @ self.lora_a[...].astype(x.dtype)
+      low = rows @ self.lora_a[...].astype(x.dtype)
       y = y + lora_scale * (low @ self.lora_b[...].astype(x.dtype))
-    return y
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class RMSNorm(nnx.Module):
