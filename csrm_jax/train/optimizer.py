@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from csrm_jax.sharding import path_name
@@ -46,6 +47,23 @@ def is_head(params: Any) -> Any:
   )
 
 
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+  """As optax's, by one factor for all leaves.
+
+  The quotient that optax takes per element is not fused into AdamW: over
+  135 M parameters on two cores it costs 0.3 of 0.5 s.
+
+  Args:
+    limit: of the norm over all leaves; shorter gradients stay as they are.
+  """
+
+  def clip(gradients: Any, _: Any) -> Any:
+    factor = limit / jnp.maximum(optax.global_norm(gradients), limit)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+
+  return optax.stateless(clip)
+
+
 def make_optimizer(
   *,
   lr: float,
@@ -74,7 +92,7 @@ def make_optimizer(
   """
   rate = schedule(lr=lr, steps=steps, warmup=warmup, final_lr=final_lr)
   return optax.chain(
-    optax.clip_by_global_norm(clip),
+    clip_by_global_norm(clip),
     optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decays),
     optax.masked(optax.scale(head_lr), is_head),
   )
