@@ -418,5 +418,5 @@ def test_smollm2_judges_zero_shot():
   hidden = judge.model.hidden(judge.params, packed.batch)[0, len(ids) - 1]
   safe, unsafe = (judge.tokenizer.encode(w)[0] for w in (" safe", " unsafe"))
   logits = embedding[jnp.array([safe, unsafe])] @ hidden
-  assert found[0] == pytest.approx(float(logits[0] - logits[1]), abs=1e-3)
+  assert found[0] == pytest.approx(float(logits[0] - logits[1]), abs=1e-4)
   assert found[0] != found[1]
