@@ -15,14 +15,14 @@ from tests import runs
 ROOT = Path(__file__).parent.parent
 
 
-def launch(workdir, *flags) -> subprocess.Popen:
+def launch_recipe(workdir, *flags) -> subprocess.Popen:
+  """configs/tiny.py in a process of its own."""
   return subprocess.Popen(
     [
       sys.executable,
       "launch/train.py",
       "--config=configs/tiny.py",
       f"--workdir={workdir}",
-      *(f"--config.{k}={v}" for k, v in runs.SMALL.items()),
       *flags,
     ],
     cwd=ROOT,
@@ -31,6 +31,11 @@ def launch(workdir, *flags) -> subprocess.Popen:
     text=True,
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )
+
+
+def launch(workdir, *flags) -> subprocess.Popen:
+  small = (f"--config.{k}={v}" for k, v in runs.SMALL.items())
+  return launch_recipe(workdir, *small, *flags)
 
 
 def lines(workdir) -> list[dict]:
@@ -152,3 +157,33 @@ def test_batch_that_does_not_fit_the_mesh_is_refused(tmp_path):
   config.microbatches = 3
   with pytest.raises(ValueError, match="batch_rows = 4 must be a multiple"):
     loop.fit(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_tiny_recipe_killed_at_random_moments(tmp_path):
+  """configs/tiny.py as it is, killed with -9 until it ends by itself."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  process = launch_recipe(whole)
+  out, err = process.communicate()
+  assert process.returncode == 0, err[-2000:]
+  seconds = json.loads((whole / "result.json").read_text())["seconds"]
+  random = np.random.default_rng()
+  kills = 0
+  while not (killed / "result.json").is_file():
+    process = launch_recipe(killed)
+    try:
+      # From before the first step to beyond several checkpoints.
+      patience = 8 + random.uniform(0, seconds) if kills < 5 else None
+      out, err = process.communicate(timeout=patience)
+      assert process.returncode == 0, err[-2000:]
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.communicate()
+      kills += 1
+  results = [
+    json.loads((folder / "result.json").read_text())
+    for folder in (whole, killed)
+  ]
+  assert kills > 0
+  assert results[0]["params_sha256"] == results[1]["params_sha256"]
+  assert results[0]["loss"] == results[1]["loss"]
