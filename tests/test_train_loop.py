@@ -164,7 +164,7 @@ def test_tiny_recipe_killed_at_random_moments(tmp_path):
   """configs/tiny.py as it is, killed with -9 until it ends by itself."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   process = launch_recipe(whole)
-  out, err = process.communicate()
+  _, err = process.communicate()
   assert process.returncode == 0, err[-2000:]
   seconds = json.loads((whole / "result.json").read_text())["seconds"]
   random = np.random.default_rng()
@@ -174,7 +174,7 @@ def test_tiny_recipe_killed_at_random_moments(tmp_path):
     try:
       # From before the first step to beyond several checkpoints.
       patience = 8 + random.uniform(0, seconds) if kills < 5 else None
-      out, err = process.communicate(timeout=patience)
+      _, err = process.communicate(timeout=patience)
       assert process.returncode == 0, err[-2000:]
     except subprocess.TimeoutExpired:
       process.kill()
