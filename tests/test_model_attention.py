@@ -33,7 +33,12 @@ def forest(length: int, seed: int, chains: float) -> np.ndarray:
   return end
 
 
-def arrays(end, h: int, g: int, e: int = 4, seed: int = 0):
+def forests(seed: int, chains: float) -> jax.Array:
+  """Two rows. One shape for most tests, as compiling is what takes time."""
+  return jnp.asarray([forest(50, seed + i, chains) for i in range(2)])
+
+
+def arrays(end, h: int = 4, g: int = 2, e: int = 4, seed: int = 0):
   rng = np.random.default_rng(seed)
   shapes = [(*np.shape(end), n, e) for n in (h, g, g, h)]
   return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
@@ -61,17 +66,17 @@ def assert_equal_to_dense(end, q, k, v, cotangent):
 
 @settings(deadline=None, max_examples=40)
 @given(
-  seeds=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=2),
+  seed=st.integers(0, 2**31),
   chains=st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
 )
-def test_blocks_equal_dense_on_random_tries(seeds, chains):
-  end = jnp.asarray([forest(61, seed, chains) for seed in seeds])
+def test_blocks_equal_dense_on_random_tries(seed, chains):
+  end = forests(seed, chains)
 
-  assert_equal_to_dense(end, *arrays(end, h=6, g=2, seed=seeds[0] % 97))
+  assert_equal_to_dense(end, *arrays(end, seed=seed % 97))
 
 
 @pytest.mark.parametrize(
-  ("length", "h", "g"), [(8, 2, 1), (17, 2, 2), (24, 4, 1), (65, 6, 3)]
+  ("length", "h", "g"), [(8, 2, 1), (24, 2, 2), (65, 6, 3)]
 )
 def test_blocks_equal_dense_at_any_length_and_grouping(length, h, g):
   end = jnp.asarray([forest(length, seed, 0.9) for seed in range(3)])
@@ -81,55 +86,58 @@ def test_blocks_equal_dense_at_any_length_and_grouping(length, h, g):
 
 def test_dense_matches_a_float64_reference():
   end = forest(23, seed=5, chains=0.8)
-  q, k, v, _ = arrays([end], h=4, g=2)
-  got = dense(q, k, v, jnp.asarray([end]))
+  tensors = arrays([end])[:3]
+  got = dense(*tensors, jnp.asarray([end]))
+  q, k, v = (np.asarray(x, np.float64) for x in tensors)
 
   for i in range(23):
     seen = [j for j in range(i + 1) if i < end[j]]
     for head in range(4):
-      logits = np.float64(k[0, seen, head // 2]) @ np.float64(q[0, i, head])
+      logits = k[0, seen, head // 2] @ q[0, i, head]
       weights = np.exp(logits / 4**0.5)
-      values = np.float64(v[0, seen, head // 2])
       np.testing.assert_allclose(
-        got[0, i, head], weights @ values / weights.sum(), atol=1e-6
+        got[0, i, head],
+        weights @ v[0, seen, head // 2] / weights.sum(),
+        atol=1e-6,
       )
 
 
 def test_a_single_sequence_is_causal():
-  end = jnp.full((1, 50), 50)
-  q, k, v, _ = arrays(end, h=4, g=2)
+  end = jnp.full((2, 50), 50)
+  q, k, v, cotangent = arrays(end)
   expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
-  np.testing.assert_allclose(few_blocks(q, k, v, end), expected, atol=1e-5)
+  got = both(few_blocks, end, q, k, v, cotangent)[0]
+
+  np.testing.assert_allclose(got, expected, atol=1e-5)
   np.testing.assert_array_equal(visible(end)[0], np.tri(50, dtype=bool))
 
 
 def test_padding_sees_itself_and_touches_nobody():
-  end = jnp.asarray([np.r_[np.full(30, 30), np.arange(31, 51)]])
-  q, k, v, cotangent = arrays(end, h=4, g=2)
+  end = jnp.asarray([np.r_[np.full(30, 30), np.arange(31, 51)]] * 2)
+  q, k, v, cotangent = arrays(end)
+  of_padding = cotangent.at[:, :30].set(0.0)
 
-  out = few_blocks(q, k, v, end)
+  out, dq, dk, dv = both(few_blocks, end, q, k, v, of_padding)
 
   np.testing.assert_allclose(
-    out[0, 30:], jnp.repeat(v[0, 30:], 2, axis=1), atol=1e-6
+    out[:, 30:], jnp.repeat(v[:, 30:], 2, axis=2), atol=1e-6
   )
-  hidden = cotangent.at[:, :30].set(0.0)
-  _, dq, dk, dv = both(few_blocks, end, q, k, v, hidden)
   assert not np.any(dk[:, :30]) and not np.any(dv[:, :30])
-  assert np.all(np.isfinite(dq))
+  np.testing.assert_allclose(dq, 0.0, atol=1e-6)  # one key: nothing to choose
 
 
 def test_large_logits_stay_finite():
-  end = jnp.asarray([forest(40, seed=2, chains=0.9)])
-  q, k, v, cotangent = arrays(end, h=2, g=1)
+  end = forests(seed=2, chains=0.9)
+  q, k, v, cotangent = arrays(end)
 
   for x in both(few_blocks, end, 300 * q, 300 * k, v, cotangent):
     assert np.all(np.isfinite(x))
 
 
 def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
-  end = jnp.asarray([forest(40, seed=3, chains=0.95)])
-  exact = arrays(end, h=4, g=2)
+  end = forests(seed=3, chains=0.95)
+  exact = arrays(end)
   half = [x.astype(jnp.bfloat16) for x in exact]
 
   for a, b in zip(
