@@ -8,14 +8,14 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 240
+  c.steps = 220
   c.batch_rows = 2
-  c.checkpoint_every = 80
+  c.checkpoint_every = 110
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
-  c.model.train_layers = 16
+  c.model.train_layers = 24
   c.model.remat = "none"  # memory is no concern at this size, time is
-  c.optimizer.lr = 2e-4
+  c.optimizer.lr = 1e-4
   # Pairs of specs teach a model to read its spec; see docs/decisions.md.
   c.loss.spec = 1.0
   c.loss.resp = 0.3
