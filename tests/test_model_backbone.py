@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rows
 
 from csrm_jax.model import pretrained
 from csrm_jax.model.backbone import Architecture, init_stack, run_stack
 from csrm_jax.model.reward import RewardModel
+from tests import rows
 
 SIZES = {
   "vocab_size": 97,

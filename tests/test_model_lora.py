@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rows
 
 from csrm_jax.model import lora, names
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.names import flatten
 from csrm_jax.model.reward import RewardModel
+from tests import rows
 
 ARCHITECTURE = Architecture.from_config(
   {

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rows
 import safetensors.numpy
 
 from csrm_jax.model import names, pretrained
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
+from tests import rows
 
 TEXT = (
   "The library opens at nine. Members may borrow up to six books, and a "

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rows
 
 from csrm_jax import checkpoint
 from csrm_jax.config import default
@@ -16,6 +15,7 @@ from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.names import flatten
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.types import Example, Segment, TrainState
+from tests import rows
 
 SAFE, UNSAFE = (3, 4), (5, 6, 7)
 
