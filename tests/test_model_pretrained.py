@@ -100,7 +100,7 @@ def test_smollm2_head_starts_as_logit_difference(smollm2):
   batch = rows.plain([[1, 520, 9531, 198]])
 
   z, h = jax.jit(model.apply)(params, batch)[0, 0]
-  logits = jax.jit(model.readout_logits)(params, batch)[0, 0]
+  logits = jax.jit(model.logits)(params, batch)[0, -1]
 
   np.testing.assert_allclose(z, logits[5001] - logits[5002], atol=1e-4)
   assert h == 0.0

@@ -29,6 +29,28 @@ def ready(**changes):
   return model, optimizer, state
 
 
+def test_verbaliser_learns_format_and_helpfulness():
+  model, _, state = ready(head="verbaliser")
+  batch = packing.packed(6).batch  # every kind of pair
+  loss, terms, gradient = steps.loss_and_gradients(
+    model, state.params, batch, weights=WEIGHTS
+  )
+  readouts, logits = model.apply_with_logits(state.params, batch)
+  nats = losses.verbaliser_cross_entropy(
+    logits, batch.label, batch.label_weight, safe=(3,), unsafe=(4,)
+  )
+  # The mass on the verdict words is part of the term ...
+  np.testing.assert_allclose(
+    terms["calibration"].value(), nats.value(), rtol=1e-5
+  )
+  bce = losses.calibration(readouts[..., 0], batch.label, batch.label_weight)
+  assert terms["calibration"].value() > bce.value() + 1.0
+  # ... and helpfulness is still read from its own row.
+  assert np.isfinite(loss) and terms["help"].weight > 0
+  compliance, helpfulness = gradient["head"]["kernel"]
+  assert np.any(helpfulness) and not np.any(compliance)
+
+
 def test_gradient_is_that_of_the_written_loss():
   model, _, state = ready()
   batch = batch_of(4)

@@ -108,11 +108,10 @@ def blocks(
   ends = jnp.broadcast_to(ends, (b, more))
   subtree_end = jnp.concatenate([subtree_end, ends], axis=1)
   # In float32 whatever comes in: on CPUs its products are the fastest.
-  full = (
-    jnp.pad(x.astype(jnp.float32), ((0, 0), (0, more), (0, 0), (0, 0)))
-    for x in (q, k, v)
-  )
-  return _blocks(*full, subtree_end, block)[:, :length].astype(v.dtype)
+  padding = ((0, 0), (0, more), (0, 0), (0, 0))
+  full = (jnp.pad(x.astype(jnp.float32), padding) for x in (q, k, v))
+  out: Array = _blocks(*full, subtree_end, block)  # pyright: ignore
+  return out[:, :length].astype(v.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

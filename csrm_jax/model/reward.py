@@ -168,12 +168,6 @@ class RewardModel:
       readouts = readouts.at[..., 0].set(safe - unsafe)
     return readouts, logits
 
-  def readout_logits(
-    self, params: Params, batch: Batch
-  ) -> Float[Array, "b s v"]:
-    """Full-vocabulary logits at the readouts."""
-    return self._vocabulary(params, self._readout_hidden(params, batch))
-
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
     """States of every token after the final norm."""
     x = self._trunk(params, batch)
@@ -477,8 +471,13 @@ def from_description(
 
 
 def _for_backend(dtype: str, attention: str) -> tuple[str, str]:
-  """What "auto" stands for here: the CPU is weak in bfloat16."""
+  """What "auto" stands for here.
+
+  The CPU is weak in bfloat16; attention in blocks follows the rows' data, so
+  it cannot be spread over the devices of a mesh.
+  """
   on_cpu = jax.default_backend() == "cpu"
+  alone = on_cpu and jax.device_count() == 1
   dtypes = {"auto": "float32" if on_cpu else "bfloat16"}
-  kinds = {"auto": "blocks" if on_cpu else "dense"}
+  kinds = {"auto": "blocks" if alone else "dense"}
   return dtypes.get(dtype, dtype), kinds.get(attention, attention)

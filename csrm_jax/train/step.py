@@ -64,11 +64,10 @@ def loss_and_gradients(
     joined = model.join(trained, frozen)
     log_mass = None
     if verbaliser:
-      logits = model.readout_logits(joined, part)
-      z, log_mass = losses.verbaliser(
+      readouts, logits = model.apply_with_logits(joined, part)
+      _, log_mass = losses.verbaliser(
         logits, safe=model.safe_ids, unsafe=model.unsafe_ids
       )
-      readouts = jnp.stack([z, jnp.zeros_like(z)], axis=-1)
     else:
       readouts = model.apply(joined, part)
     terms = losses.mixed(readouts, part, log_mass=log_mass, **options)
@@ -193,7 +192,7 @@ def compile_step(
   everywhere = NamedSharding(mesh, P())
   return jax.jit(
     step,
-    in_shardings=(held, Batch(*([rows] * len(Batch._fields)))),
+    in_shardings=(held, Batch._make([rows] * len(Batch._fields))),
     out_shardings=(held, everywhere),
     donate_argnums=(0,),
   )
