@@ -1,10 +1,16 @@
 """Every configuration key once: meaning, unit, default."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+# A ConfigDict. Its own types give each key the union of all that any key may
+# hold, so annotations with it would reject every use.
+Config = Any
 
-def default() -> ConfigDict:
+
+def default() -> Config:
   """All keys with their defaults; a file in `configs/` sets what differs."""
   c = ConfigDict()
   c.seed = 0

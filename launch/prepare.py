@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from csrm_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Rows go to its folder data/")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Rows go to its folder data/")
 
 
 def main(_):

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from ml_collections import ConfigDict
 
+from csrm_jax.config import Config
 from csrm_jax.data import sources, template
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
@@ -167,7 +167,7 @@ def _encode_row(row, kind, encode) -> list[tuple[int, ...]]:
   ]
 
 
-def preparation_key(config: ConfigDict, tokenizer: Tokenizer) -> str:
+def preparation_key(config: Config, tokenizer: Tokenizer) -> str:
   """Fingerprint of everything that decides the records."""
   described = {
     "format": _FORMAT,
@@ -200,7 +200,7 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
 
 
 def prepare(
-  config: ConfigDict, folder: str | Path, tokenizer: Tokenizer
+  config: Config, folder: str | Path, tokenizer: Tokenizer
 ) -> dict[str, Any]:
   """Writes packed rows of `config.data` into `folder`, replacing what is there.
 
@@ -309,9 +309,7 @@ def prepare(
   return meta
 
 
-def ensure(
-  config: ConfigDict, workdir: str | Path, tokenizer: Tokenizer
-) -> Path:
+def ensure(config: Config, workdir: str | Path, tokenizer: Tokenizer) -> Path:
   """The folder of prepared rows for this config, written first if needed.
 
   The workdir's own folder is rewritten when stale; a folder that the user

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from csrm_jax import checkpoint, sharding
+from csrm_jax.config import Config
 from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
 from csrm_jax.data import tokenizer as tokenizers
@@ -43,7 +43,7 @@ _FREE_KEYS = (
 _SKIPS_ALLOWED = 3  # non-finite steps in a row that stop a run
 
 
-def fit(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
   """Trains as `config` says, resuming the workdir's newest checkpoint.
 
   Args:
@@ -97,7 +97,7 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
   return result
 
 
-def load_tokenizer(config: ConfigDict) -> Tokenizer:
+def load_tokenizer(config: Config) -> Tokenizer:
   """The tokenizer that goes with `config.model`."""
   path = config.model.tokenizer
   if path == "auto":
@@ -106,7 +106,7 @@ def load_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def make_model(
-  config: ConfigDict, tokenizer: Tokenizer
+  config: Config, tokenizer: Tokenizer
 ) -> tuple[RewardModel, LoadParams]:
   """The model of `config.model` over this tokenizer's verdict words."""
   safe, unsafe = template.verdict_ids(tokenizer)
@@ -119,12 +119,12 @@ def make_model(
   )
 
 
-def make_optimizer(config: ConfigDict):
+def make_optimizer(config: Config):
   """The optimizer of `config.optimizer` over `config.steps`."""
   return optimizers.make_optimizer(steps=config.steps, **config.optimizer)
 
 
-def loss_keywords(config: ConfigDict) -> dict[str, Any]:
+def loss_keywords(config: Config) -> dict[str, Any]:
   """Keywords of `train_step` from `config.loss`."""
   loss = config.loss
   return {
@@ -136,7 +136,9 @@ def loss_keywords(config: ConfigDict) -> dict[str, Any]:
   }
 
 
-def _start(config, model, load_params, optimizer, mesh, saved) -> TrainState:
+def _start(
+  config: Config, model, load_params, optimizer, mesh, saved
+) -> TrainState:
   """The newest checkpoint, or the state before step 0, sharded."""
   key = jax.random.key(config.seed)
 
@@ -289,7 +291,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _check_recipe(config: ConfigDict, workdir: Path) -> None:
+def _check_recipe(config: Config, workdir: Path) -> None:
   """Refuses to resume a workdir that another recipe made.
 
   Raises:
