@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from csrm_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Rows go to its folder data/")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Rows go to its folder data/")
 
 
 def main(_):
@@ -22,7 +22,7 @@ def main(_):
 
   with errors.told():
     config = _CONFIG.value
-    folder = Path(_WORKDIR.value) / "data"
+    folder = Path(str(_WORKDIR.value)) / "data"
     meta = prepare(config, folder, load_tokenizer(config))
     print(json.dumps(meta, indent=2))
     counts = meta["counts"]

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from csrm_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Receives all that a run makes")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Receives all that a run makes")
 
 
 def main(_):
@@ -17,7 +17,7 @@ def main(_):
   from csrm_jax.train.loop import fit
 
   with errors.told():
-    result = fit(_CONFIG.value, _WORKDIR.value)
+    result = fit(_CONFIG.value, str(_WORKDIR.value))
     for name, value in result.items():
       print(f"{name}: {value}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -26,7 +27,7 @@ def open_rows(folder: str | Path, *, seed: int) -> Rows:
   """
   meta = read_meta(folder)
   path = Path(folder) / "train.array_record"
-  source = grain.sources.ArrayRecordDataSource(str(path))
+  source: Any = grain.sources.ArrayRecordDataSource(str(path))
   if len(source) != meta["rows"]:
     raise ValueError(
       f"{path}: {len(source)} rows, but meta.json says {meta['rows']}; the "
@@ -39,7 +40,7 @@ def open_rows(folder: str | Path, *, seed: int) -> Rows:
   rest = records[leading:].shuffle(seed=seed % 2**32).repeat()
 
   def row(index: int) -> Batch:
-    record = first[index] if index < leading else rest[index - leading]
+    record: Any = first[index] if index < leading else rest[index - leading]
     fields = np.frombuffer(record, dtype)[0]
     return Batch(*(fields[name] for name in Batch._fields))
 
@@ -64,11 +65,12 @@ def batch_at(
   first = step * batch_rows
   if sharding is None:
     picked = [rows(first + i) for i in range(batch_rows)]
-    return Batch(*(np.stack(leaf) for leaf in zip(*picked, strict=True)))
+    leaves: list[Any] = [np.stack(x) for x in zip(*picked, strict=True)]
+    return Batch(*leaves)
   cache: dict[int, Batch] = {}
 
   def field(name: str, shape: tuple[int, ...]) -> jax.Array:
-    def local(index: tuple[slice, ...]) -> np.ndarray:
+    def local(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch_rows)
       for i in range(start, stop):
         if i not in cache:

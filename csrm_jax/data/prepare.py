@@ -28,19 +28,19 @@ _FORMAT = 1
 
 def row_dtype(row_length: int, slots: int, pairs: int) -> np.dtype:
   """Layout of one record: the fields of `Batch`, little-endian, in order."""
-  shapes = Batch(
-    tokens=("<i4", (row_length,)),
-    positions=("<i4", (row_length,)),
-    subtree_end=("<i4", (row_length,)),
-    readout=("<i4", (slots,)),
-    label=("<f4", (slots,)),
-    label_weight=("<f4", (slots,)),
-    pair=("<i4", (pairs, 2)),
-    pair_kind=("<i4", (pairs,)),
-    pair_weight=("<f4", (pairs,)),
-    pair_margin=("<f4", (pairs,)),
-  )
-  return np.dtype([(k, *v) for k, v in shapes._asdict().items()])
+  shapes = {
+    "tokens": ("<i4", (row_length,)),
+    "positions": ("<i4", (row_length,)),
+    "subtree_end": ("<i4", (row_length,)),
+    "readout": ("<i4", (slots,)),
+    "label": ("<f4", (slots,)),
+    "label_weight": ("<f4", (slots,)),
+    "pair": ("<i4", (pairs, 2)),
+    "pair_kind": ("<i4", (pairs,)),
+    "pair_weight": ("<f4", (pairs,)),
+    "pair_margin": ("<f4", (pairs,)),
+  }
+  return np.dtype([(name, *shapes[name]) for name in Batch._fields])
 
 
 def is_heldout(family: str, *, seed: int, share: float) -> bool:

@@ -6,7 +6,7 @@ tries in depth-first order; `Batch.subtree_end` is then the whole mask.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,10 +98,11 @@ def pack(
   Raises:
     ValueError: a segment, or the two segments of one pair, exceed a row.
   """
-  counts = dict.fromkeys(
-    ("tokens_in_tries", "tokens_alone", "split_families"), 0
-  )
-  counts["repeated_prefix_tokens"] = 0
+  counts: dict[str, int] = {
+    "tokens_alone": 0,
+    "split_families": 0,
+    "repeated_prefix_tokens": 0,
+  }
   order = sorted(
     range(len(examples)), key=lambda i: (_first_tokens(examples[i]), i)
   )
@@ -131,9 +132,9 @@ def pack(
   counts["tokens_in_tries"] = sum(row.size for row in done)
   counts["padding"] = len(done) * row_length - counts["tokens_in_tries"]
   arrays = [_arrays(row, *limits) for row in done]
-  batch = Batch(*(np.stack(leaf) for leaf in zip(*arrays, strict=True)))
+  leaves: list[Any] = [np.stack(leaf) for leaf in zip(*arrays, strict=True)]
   where = [[(i, n) for i, n, _ in row.slots] for row in done]
-  return Packed(batch, where, counts)
+  return Packed(Batch(*leaves), where, counts)
 
 
 def _first_tokens(example: Example) -> tuple[int, ...]:
@@ -278,10 +279,11 @@ def _arrays(row: _Row, row_length: int, slots: int, pairs: int) -> Batch:
     pair[i] = win, lose
     kind[i] = PAIR_KINDS.index(p.kind)
     weight[i], margin[i] = p.weight, p.margin
-  return Batch(
+  leaves: list[Any] = [
     tokens, positions, subtree_end, readout, label, label_weight,
     pair, kind, weight, margin,
-  )  # fmt: skip
+  ]  # fmt: skip
+  return Batch(*leaves)
 
 
 def real_tokens(batch: Batch) -> np.ndarray:
@@ -291,4 +293,5 @@ def real_tokens(batch: Batch) -> np.ndarray:
   would be taken for padding, and no template makes one.
   """
   at = np.arange(batch.tokens.shape[-1])
-  return (batch.positions > 0) | (batch.subtree_end > at + 1)
+  real: Any = (batch.positions > 0) | (batch.subtree_end > at + 1)
+  return real

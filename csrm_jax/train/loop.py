@@ -197,7 +197,7 @@ def _run(config, workdir, data, mesh, saved, state, step):
       if (k + 1) % config.log_every == 0 or k + 1 == config.steps:
         now = time.perf_counter()
         speed = tokens / (now - mark)
-        line = {"step": k + 1, **metrics, "lr": float(rate(k))}
+        line = {"step": k + 1, **metrics, "lr": float(np.asarray(rate(k)))}
         line["tokens"] = float(state.tokens)
         line["tokens_per_second"] = speed
         line["seconds"] = spent + now - began
@@ -227,7 +227,7 @@ def _log(workdir: Path) -> Iterator[Any]:
       out.write(json.dumps(line) + "\n")
       out.flush()
       for name, value in line.items():
-        board.add_scalar(name, value, line["step"])
+        board.add_scalar(name, value, int(line["step"]))
 
     yield log
   board.close()
