@@ -300,8 +300,8 @@ def choose_batch(
   # Every size sees the same pairs, so many that all divide them.
   pairs = list(pairs)[: max(sizes) // 2]
   torch_side.run(padded_batches(pairs[:1], 2, pad))
-  speeds = {}
-  for size in sizes:
+  speeds: dict[str, float] = {}
+  for size in sizes if len(sizes) > 1 else ():
     batches = padded_batches(pairs, size, pad)
     seconds = []
     for _ in range(2):
@@ -309,8 +309,13 @@ def choose_batch(
       torch_side.run(batches)
       seconds.append(time.perf_counter() - start)
     speeds[str(size)] = len(pairs) / min(seconds)
-    print(f"torch, {size} sequences: {speeds[str(size)]:.3f} pairs/s")
-  return int(max(speeds, key=lambda size: speeds[size])), speeds
+    say(f"torch, {size} sequences: {speeds[str(size)]:.3f} pairs/s")
+  best = max(sizes, key=lambda size: speeds.get(str(size), 0.0))
+  return best, speeds
+
+
+def say(text: str) -> None:
+  print(text, flush=True)
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
@@ -391,7 +396,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     sides["ours"].check(row(few, 0)),
     sides["torch"].check(padded_batches(some, 2 * len(some), pad)[0]),
   )
-  print(f"gradients agree: {agreement}")
+  say(f"gradients agree: {agreement}")
 
   warm = pairs_of(packed, order[0], examples)
   sides["ours"].run([row(packed, order[0])])  # compiles
@@ -413,7 +418,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
       start = time.perf_counter()
       tokens[side] += sides[side].run(work[side])
       rates[side].append(len(pairs) / (time.perf_counter() - start))
-      print(f"{side}: {rates[side][-1]:.3f} pairs/s ({len(pairs)} pairs)")
+      say(f"{side}: {rates[side][-1]:.3f} pairs/s ({len(pairs)} pairs)")
 
   ratios = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
   everything = [p for i in range(count) for p in pairs_of(packed, i, examples)]
@@ -461,7 +466,7 @@ def main() -> None:
     "--batches",
     type=lambda text: [int(x) for x in text.split(",")],
     default=[4, 8, 16],
-    help="sequences in a batch of torch, of which the fastest is used",
+    help="sequences in a batch of torch; of several the fastest is used",
   )
   parser.add_argument("--seed", type=int, default=0)
   args = parser.parse_args()
