@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 130
+  c.steps = 260
   c.batch_rows = 2
-  c.checkpoint_every = 65
+  c.checkpoint_every = 130
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   c.model.train_layers = 24
