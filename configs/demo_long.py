@@ -8,14 +8,14 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 1200
+  c.steps = 2000
   c.batch_rows = 2
   c.checkpoint_every = 100
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
-  c.model.train_layers = 20
+  c.model.train_layers = 24
   c.model.remat = "none"
-  c.optimizer.lr = 2e-4
+  c.optimizer.lr = 1e-4
   c.loss.spec = 1.0
   c.loss.resp = 0.3
   c.data.examples = 1800
