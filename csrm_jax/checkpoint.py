@@ -34,7 +34,8 @@ def open_manager(
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
   )
-  return ocp.CheckpointManager(folder, options=options, item_names=_ITEMS)
+  handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
