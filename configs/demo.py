@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 260
+  c.steps = 340
   c.batch_rows = 2
-  c.checkpoint_every = 130
+  c.checkpoint_every = 170
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   c.model.train_layers = 24
