@@ -216,12 +216,16 @@ def flat(tree):
   return jax.tree.leaves(tree)
 
 
-def _families():
+# Attention in blocks of 64 tokens is dense up to 128: its rows are longer.
+ROWS = [("dense", 1, 64), ("blocks", 4, 256)]
+
+
+def _families(scale):
   """Three families that share prefixes, one of them a bare sequence."""
   rng = np.random.default_rng(0)
 
   def ids(n, low, high):
-    return tuple(rng.integers(low, high, n).tolist())
+    return tuple(rng.integers(low, high, n * scale).tolist())
 
   spec, prompt = ids(7, 10, 20), ids(5, 10, 20)
   first = [spec + prompt + ids(n, 20, 40) + (1,) for n in (3, 6, 4)] + [
@@ -235,12 +239,12 @@ def _families():
   ]
 
 
-@pytest.mark.parametrize("kind", ["dense", "blocks"])
-def test_packed_equals_alone(kind):
+@pytest.mark.parametrize(("kind", "scale", "length"), ROWS)
+def test_packed_equals_alone(kind, scale, length):
   model = RewardModel(architecture(), attention=kind)
   params = random_params(model)
-  examples = _families()
-  packed = trie.pack(examples, row_length=64, slots=8, pairs=1)
+  examples = _families(scale)
+  packed = trie.pack(examples, row_length=length, slots=8, pairs=1)
   weight = np.random.default_rng(1).normal(size=(3, 4, 2))
   alone = [
     (i, n, list(segment.tokens))
@@ -280,11 +284,11 @@ def test_packed_equals_alone(kind):
   )
 
 
-@pytest.mark.parametrize("kind", ["dense", "blocks"])
-def test_neighbour_gradient_is_zero(kind):
+@pytest.mark.parametrize(("kind", "scale", "length"), ROWS)
+def test_neighbour_gradient_is_zero(kind, scale, length):
   model = RewardModel(architecture(), attention=kind, train_embedding=True)
   params = random_params(model)
-  packed = trie.pack(_families(), row_length=64, slots=8, pairs=1)
+  packed = trie.pack(_families(scale), row_length=length, slots=8, pairs=1)
   (places,) = packed.where
 
   @jax.jit
