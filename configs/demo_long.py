@@ -1,6 +1,7 @@
 """As the demo, with more groups, longer specs, more layers; 2 CPU cores.
 
-About two hours; stops and resumes at its checkpoints.
+About two hours, reckoned from the demo's 2 to 3 s a step and not run to its
+end yet; stops and resumes at its checkpoints.
 """
 
 from csrm_jax.config import default

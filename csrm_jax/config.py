@@ -78,14 +78,9 @@ def default() -> Config:
   #                  0: half a row, so that any pair fits
   d.max_rules = 3  # rules in a synthetic spec
   d.on_bad_row = "stop"  # "stop" | "quarantine"
-  d.workers = 1
 
   c.mesh = h = ConfigDict()
   h.replica = 1
   h.fsdp = -1  # -1: all remaining devices
   h.tensor = 1
-
-  c.eval = e = ConfigDict()
-  e.suites = ""  # run at the end of `make demo`; names joined by commas
-  e.bootstrap = 500  # resamples for the 95 % intervals
   return c.lock()

@@ -111,9 +111,7 @@ def bradley_terry(
   Returns:
     Mean of nats per pair: (weighted sum of nats, sum of weights).
 
-  Raises:
-    TypeCheckError: in tests, if a shape or dtype differs from the above. Slots
-      out of range are not detected here; `data/trie.py` rules them out.
+  Slots out of range are not detected here; `data/trie.py` rules them out.
   """
   r = jnp.take_along_axis(rewards[:, None, :], pairs, axis=-1)  # [b p 2]
   lead = _counted(r[..., 0] - r[..., 1], weight)

@@ -80,10 +80,12 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-  """A NamedSharding for each array (or shape) of a tree of parameters.
+  """A NamedSharding for each array (or shape) of parameters or a TrainState.
 
-  Leaves whose path no line of the table fits and that are not kernels
-  (counters, schedules) are replicated.
+  Scalars (counters) are replicated.
+
+  Raises:
+    ValueError: the table has no line for the path of an array.
   """
 
   def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

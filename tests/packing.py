@@ -23,7 +23,7 @@ def families(seed: int = 0, number: int = 6) -> list[Example]:
     prefix = specs[int(rng.integers(3))] + words(int(rng.integers(2, 6)))
     good = Segment(prefix + words(int(rng.integers(2, 9))), 1.0)
     bad = Segment(prefix + words(int(rng.integers(2, 9))), 0.0, 2.0)
-    kind = ("resp", "spec", "help")[i % 3]
+    kind = ("resp", "spec", "help")[(i + seed) % 3]
     pair = Pair(0, 1, kind, 0.25 * (i % 2), 1.0 + i % 2)
     made.append(Example(f"family {i}", (good, bad), (pair,)))
   return made

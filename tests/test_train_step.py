@@ -131,7 +131,7 @@ step = steps.compile_step(
   abstract, mesh, model=model, optimizer=optimizer, weights=WEIGHTS,
   microbatches=int(sys.argv[3]),
 )
-state = jax.device_put(state, steps.state_shardings(abstract, mesh))
+state = jax.device_put(state, sharding.shardings(abstract, mesh))
 losses = []
 for i in range(4):
   batch = jax.device_put(batch_of(16, 100 * i), sharding.batch_sharding(mesh))

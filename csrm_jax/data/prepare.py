@@ -175,7 +175,7 @@ def preparation_key(config: Config, tokenizer: Tokenizer) -> str:
     "data": {
       k: v
       for k, v in config.data.to_dict().items()
-      if k not in ("path", "prepared", "workers")
+      if k not in ("path", "prepared")
     },
     "template": template.fingerprint(tokenizer),
     "inputs": sources.fingerprint(config.data.source, path=config.data.path),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from csrm_jax import checkpoint
+from csrm_jax.config import Config
 from csrm_jax.model import lora, pretrained
 from csrm_jax.model.backbone import (
   REMAT,
@@ -30,7 +31,6 @@ from csrm_jax.types import Batch, Params
 
 HEADS = ("linear", "verbaliser")
 LoadParams = Callable[..., Params]
-Config = Any  # an ml_collections ConfigDict; its keys have no static types
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,10 +35,8 @@ _FREE_KEYS = (
   "keep_checkpoints",
   "resume",
   "mesh",
-  "eval",
   "data.path",
   "data.prepared",
-  "data.workers",
 )
 _SKIPS_ALLOWED = 3  # non-finite steps in a row that stop a run
 
@@ -147,7 +145,7 @@ def _start(
 
   params_shape = jax.eval_shape(model.init, key)
   shape = jax.eval_shape(fresh, params_shape)
-  held = steps.state_shardings(shape, mesh)
+  held = sharding.shardings(shape, mesh)
   latest = saved.latest_step()
   if latest is not None:
     abstract = jax.tree.map(

@@ -159,11 +159,6 @@ def train_step(
   return state, metrics
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-  """Shardings of a TrainState (or of its shapes); counters are replicated."""
-  return sharding.shardings(state, mesh)
-
-
 def compile_step(
   abstract: TrainState,
   mesh: Mesh,
@@ -187,7 +182,7 @@ def compile_step(
       **options,
     )
 
-  held = state_shardings(abstract, mesh)
+  held = sharding.shardings(abstract, mesh)
   rows = sharding.batch_sharding(mesh)
   everywhere = NamedSharding(mesh, P())
   return jax.jit(
