@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 340
+  c.steps = 380
   c.batch_rows = 2
-  c.checkpoint_every = 170
+  c.checkpoint_every = 95
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   c.model.train_layers = 24
@@ -19,7 +19,7 @@ def get_config():
   # Pairs of specs teach a model to read its spec; see docs/decisions.md.
   c.loss.spec = 1.0
   c.loss.resp = 0.3
-  c.data.examples = 340
+  c.data.examples = 380
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
