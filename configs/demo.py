@@ -23,7 +23,7 @@ def get_config():
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
-  c.data.max_rules = 2
+  c.data.max_rules = 3
   # Which rule applies before how it is worded: mixed from the start, neither
   # is learnt in this time.
   c.data.first = "synthetic/presence"
