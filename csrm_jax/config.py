@@ -77,6 +77,8 @@ def default() -> Config:
   d.max_tokens = 0  # of one sequence, longer ones are cut by the stated rule;
   #                  0: half a row, so that any pair fits
   d.max_rules = 3  # rules in a synthetic spec
+  d.kinds = ""  # weights of synthetic groups, "presence=0.4,refusal=0.6"; "":
+  #               those of the suites
   d.on_bad_row = "stop"  # "stop" | "quarantine"
 
   c.mesh = h = ConfigDict()

@@ -167,6 +167,8 @@ def test_heldout_is_found_from_workdir_checkpoint_and_folder(tmp_path):
   checkpoint = folder / "checkpoints" / "60"
   assert suites.read("heldout", model=checkpoint) == expected
   assert suites.read("heldout", data=folder / "data") == expected
+  # A folder of real sets holds none: then the workdir's own rows count.
+  assert suites.read("heldout", data=tmp_path, model=folder) == expected
 
 
 def test_training_rows_are_the_recipe_s_without_the_held_out(tmp_path):

@@ -6,6 +6,7 @@ clauses are then worded, shuffled and edited. On every side half of the
 conversations comply, and most conversations comply with half of the sides.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -151,6 +152,27 @@ def word(rng: random.Random, clause: Clause) -> Rule:
 
 def _lower(title: str) -> str:
   return title[0].lower() + title[1:]
+
+
+def parse_kinds(text: str) -> dict[str, float]:
+  """Weights of kinds out of "presence=0.4,swap=0.6"; "": `KINDS`.
+
+  Raises:
+    ValueError: an unknown kind, or a weight that is no positive number.
+  """
+  weights: dict[str, float] = {}
+  for part in filter(None, (p.strip() for p in text.split(","))):
+    kind, _, weight = part.partition("=")
+    try:
+      weights[kind.strip()] = float(weight)
+    except ValueError:
+      weights[kind.strip()] = 0.0
+    if kind.strip() not in KINDS or not 0 < weights[kind.strip()] < math.inf:
+      raise ValueError(
+        f"--config.data.kinds={text}: {part!r} is no kind=weight; give "
+        f"positive weights of {', '.join(KINDS)}"
+      )
+  return weights or dict(KINDS)
 
 
 def weighted(rng: random.Random, weights: Mapping[Any, float]) -> Any:
@@ -321,7 +343,12 @@ DRAFTS = {
 
 
 def group(
-  rng: random.Random, pool: Pool, *, max_rules: int, edits: Sequence[str | None]
+  rng: random.Random,
+  pool: Pool,
+  *,
+  max_rules: int,
+  edits: Sequence[str | None],
+  kinds: Mapping[str, float] = KINDS,
 ) -> Group:
   """One group.
 
@@ -331,8 +358,9 @@ def group(
     max_rules: of a spec, at least 2.
     edits: label-preserving edits to add, as `a`, `b`, `a`, ... versions; None
       draws one.
+    kinds: weights of `DRAFTS`.
   """
-  kind = weighted(rng, KINDS)
+  kind = weighted(rng, kinds)
   pool = pool._replace(used=set())
   one, two, *others = pool.choose(rng)
   draft = DRAFTS[kind](rng, pool, one, two)

@@ -235,6 +235,7 @@ def prepare(
       seed=config.seed,
       limit=data.examples,
       max_rules=data.max_rules,
+      kinds=data.kinds,
       on_bad_row=data.on_bad_row,
       bad=bad,
       counts=counts,

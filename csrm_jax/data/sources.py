@@ -193,6 +193,7 @@ def load(
   seed: int,
   limit: int = 0,
   max_rules: int = 3,
+  kinds: str = "",
   on_bad_row: str = "stop",
   bad: Bad | None = None,
   counts: dict[str, int] | None = None,
@@ -207,6 +208,7 @@ def load(
       but the row itself.
     limit: families kept from each set, in order of appearance; 0: all.
     max_rules: in a synthetic spec.
+    kinds: of synthetic groups, as `groups.parse_kinds` reads them.
     on_bad_row: "stop" or "quarantine", as in `read_rows`.
     bad: called with (row, reason) for each row put aside.
     counts: receives what was read and dropped, by set and reason.
@@ -222,6 +224,7 @@ def load(
       seed=seed,
       limit=limit,
       max_rules=max_rules,
+      kinds=kinds,
       on_bad_row=on_bad_row,
       bad=bad,
       counts=counts,
@@ -339,6 +342,7 @@ def _load_one(
   seed: int,
   limit: int,
   max_rules: int,
+  kinds: str,
   on_bad_row: str,
   bad: Bad | None,
   counts: dict[str, int],
@@ -352,6 +356,7 @@ def _load_one(
       families=limit or SYNTHETIC_FAMILIES,
       seed=seed,
       max_rules=max_rules,
+      kinds=kinds,
     )
   if name == "jsonl":
     if not path or not Path(path).is_file():

@@ -20,6 +20,7 @@ from csrm_jax.data.groups import (
   Conversation,
   Group,
   group,
+  parse_kinds,
   truth,
   weighted,
 )
@@ -28,7 +29,12 @@ Row = dict[str, Any]
 
 
 def rows(
-  *, split: str, families: int, seed: int, max_rules: int = 3
+  *,
+  split: str,
+  families: int,
+  seed: int,
+  max_rules: int = 3,
+  kinds: str = "",
 ) -> Iterator[Row]:
   """Rows of the data contract, group by group.
 
@@ -38,17 +44,19 @@ def rows(
     families: number of groups.
     seed: same seed, same rows.
     max_rules: rules in a spec, 2 or more.
+    kinds: of groups, as `groups.parse_kinds` reads them.
 
   Raises:
-    ValueError: if the split or `max_rules` is out of range.
+    ValueError: if the split, `max_rules` or `kinds` is out of range.
   """
   if max_rules < 2:
     raise ValueError(f"max_rules={max_rules}: must be 2 or more")
   source = pool(split)
+  weights = parse_kinds(kinds)
   for index in range(families):
     rng = random.Random(f"rows/{split}/{seed}/{index}")
     edits = [None] * (weighted(rng, SPEC_COUNTS) - 2)
-    made = group(rng, source, max_rules=max_rules, edits=edits)
+    made = group(rng, source, max_rules=max_rules, edits=edits, kinds=weights)
     yield from _emit(made, f"synthetic-{split}-{seed}-{index}")
 
 

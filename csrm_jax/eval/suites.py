@@ -261,6 +261,7 @@ def training_rows(model: str | Path | None) -> Iterator[Row]:
     seed=config.seed,
     limit=config.data.examples or _synthetic_families(config.data.source),
     max_rules=config.data.max_rules,
+    kinds=config.data.kinds,
   ):
     family = row["family"]
     if not is_heldout(family, seed=config.seed, share=config.data.heldout):
@@ -275,8 +276,8 @@ def _synthetic_families(source: str) -> int:
 def _heldout_file(data: Any, model: Any, config: Any) -> Path:
   """heldout.jsonl of the folder named, else of the model's workdir."""
   folders = [data] if data else []
-  if not data and (workdir := workdir_of(model)):
-    folders = [config.data.prepared or workdir / "data"]
+  if workdir := workdir_of(model):
+    folders.append(config.data.prepared or workdir / "data")
   for folder in map(Path, folders):
     for path in (folder / "heldout.jsonl", folder / "data" / "heldout.jsonl"):
       if path.is_file() and path.stat().st_size:
