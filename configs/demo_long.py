@@ -9,22 +9,22 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 1500
-  c.batch_rows = 1
+  c.steps = 1800
+  c.batch_rows = 2
   c.checkpoint_every = 100
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   c.model.train_layers = 24
   c.model.remat = "none"
-  c.optimizer.lr = 2e-4
+  c.optimizer.lr = 1e-4
   c.loss.spec = 1.0
   c.loss.resp = 0.5
-  c.data.examples = 1150
-  c.data.row_length = 1024
-  c.data.slots = 48
-  c.data.pairs = 96
+  c.data.examples = 1500
+  c.data.row_length = 512
+  c.data.slots = 24
+  c.data.pairs = 48
   c.data.max_rules = 3
-  c.data.kinds = "presence=.33,swap=.2,level=.14,carve=.08,refusal=.25"
+  c.data.kinds = "presence=.35,swap=.2,level=.15,carve=.08,refusal=.22"
   c.data.first = "synthetic/presence"
   c.data.first_families = 40
   return c
