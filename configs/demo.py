@@ -18,16 +18,14 @@ def get_config():
   c.optimizer.lr = 1e-4
   # Pairs of specs teach a model to read its spec; see docs/decisions.md.
   c.loss.spec = 1.0
-  c.loss.resp = 0.5
+  c.loss.resp = 0.3
   c.data.examples = 400
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
   c.data.max_rules = 3
-  # More rules about form, which are learnt last, than the suites hold.
-  c.data.kinds = "presence=.35,swap=.2,level=.15,carve=.08,refusal=.22"
   # Which rule applies before how it is worded: mixed from the start, neither
   # is learnt in this time.
   c.data.first = "synthetic/presence"
-  c.data.first_families = 36
+  c.data.first_families = 80
   return c

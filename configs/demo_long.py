@@ -18,13 +18,12 @@ def get_config():
   c.model.remat = "none"
   c.optimizer.lr = 1e-4
   c.loss.spec = 1.0
-  c.loss.resp = 0.5
+  c.loss.resp = 0.3
   c.data.examples = 1500
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
   c.data.max_rules = 3
-  c.data.kinds = "presence=.35,swap=.2,level=.15,carve=.08,refusal=.22"
   c.data.first = "synthetic/presence"
-  c.data.first_families = 40
+  c.data.first_families = 80
   return c
