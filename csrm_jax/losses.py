@@ -15,7 +15,7 @@ from csrm_jax.types import PAIR_KINDS, Batch, Mean
 TERMS = ("calibration", *PAIR_KINDS)
 
 
-def clip_temperature(temperature: Float[Array, ""] | float) -> Array:
+def clip_temperature(temperature: Float[Array, "..."] | float) -> Array:
   """Bradley-Terry temperatures stay in [0.25, 8] log-odds, learned or not."""
   return jnp.clip(jnp.asarray(temperature, jnp.float32), 0.25, 8.0)
 

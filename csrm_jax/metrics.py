@@ -18,25 +18,28 @@ from jaxtyping import Bool, Float, Int
 
 Vector = Float[np.ndarray, " n"]
 Weights = Float[np.ndarray, "*r n"]
-Values = Float[np.ndarray, "*r"]
+Numbers = np.ndarray | np.float64  # what has no axes becomes the latter
+Values = Float[Numbers, "*r"]
 
 
 def _weights(weight: np.ndarray | None, n: int) -> np.ndarray:
   return np.ones(n) if weight is None else np.asarray(weight, np.float64)
 
 
-def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _divide(a: Numbers, b: Numbers) -> Numbers:
   """a / b, NaN where b is 0."""
   a, b = np.broadcast_arrays(np.asarray(a, np.float64), b)
   return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)[()]
 
 
-def complies(label: np.ndarray) -> Bool[np.ndarray, "..."]:
+def complies(
+  label: np.ndarray | float | int,
+) -> Bool[np.ndarray | np.bool_, "..."]:
   """Gold verdict of a label, soft or not: True from 0.5 on."""
   return np.asarray(label) >= 0.5
 
 
-def verdict(log_odds: np.ndarray) -> Bool[np.ndarray, "..."]:
+def verdict(log_odds: np.ndarray | float) -> Bool[np.ndarray | np.bool_, "..."]:
   """Verdict at probability 0.5: True = complies."""
   return np.asarray(log_odds) >= 0.0
 
@@ -107,7 +110,7 @@ def auprc(
 
 def _confusion(
   log_odds: np.ndarray, label: np.ndarray, weight: np.ndarray, positive: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Numbers, Numbers, Numbers]:
   """(true positives, false positives, false negatives)."""
   said = verdict(log_odds) == bool(positive)
   gold = complies(label) == bool(positive)
@@ -220,7 +223,7 @@ def _spectrum(density: np.ndarray) -> np.ndarray:
   return np.asarray(scipy.fft.dct(density, norm="ortho", axis=-1))
 
 
-def _blur(spectrum: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def _blur(spectrum: np.ndarray, sigma: Numbers) -> np.ndarray:
   """Heat kernel with reflecting ends, in cosine space: exact at any width."""
   k = np.arange(spectrum.shape[-1])
   damp = np.exp(-0.5 * np.square(np.pi * np.asarray(sigma)[..., None] * k))

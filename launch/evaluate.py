@@ -3,8 +3,8 @@
 python launch/evaluate.py --model=runs/demo \
     --suite=synthetic_seen,synthetic_unseen --output=runs/demo/report.json
 
-Writes the report and, beside it, rows.jsonl (a line per row and judge),
-reliability.png, flips.png and training.png; prints a table.
+Writes the report and, beside it, a page (.html), rows.jsonl (a line per row and
+judge), reliability.png, flips.png and training.png; prints a table.
 """
 
 import argparse
@@ -32,17 +32,25 @@ def main() -> None:
   parser.add_argument(
     "--judges",
     default="csrm,spec_shuffled,always_unsafe,tfidf",
-    help="joined by commas",
+    help="joined by commas; also always_safe, tfidf_no_spec, minilm,"
+    " minilm_cosine, smollm2 (untrained), hf:FOLDER (a guard or classifier,"
+    " needs torch), endpoint:MODEL@URL (key in CSRM_ENDPOINT_KEY)",
   )
   parser.add_argument(
     "--train_rows",
-    help=".jsonl file that tfidf learns from; default: what the model did",
+    help=".jsonl file that baselines learn from; default: what the model did",
   )
   parser.add_argument(
     "--rows",
     type=int,
     default=0,
     help="of each suite, by whole families; 0: all (synthetic: 400)",
+  )
+  parser.add_argument(
+    "--probe",
+    type=int,
+    default=0,
+    help="cases of each suite for sensitivity and failure checks; 0: none",
   )
   parser.add_argument(
     "--bootstrap",
@@ -61,7 +69,7 @@ def main() -> None:
   ):
     if not getattr(flags, name):
       parser.error(f"--{name} is missing; give {example}")
-  for name in ("rows", "bootstrap"):
+  for name in ("rows", "probe", "bootstrap"):
     if getattr(flags, name) < 0:
       parser.error(f"--{name}={getattr(flags, name)}: give 0 or more")
   with errors.told():
@@ -75,6 +83,7 @@ def main() -> None:
       judge_names=[n.strip() for n in flags.judges.split(",") if n.strip()],
       train_rows=flags.train_rows,
       rows=flags.rows,
+      probe=flags.probe,
       bootstrap=flags.bootstrap,
       seed=flags.seed,
     )

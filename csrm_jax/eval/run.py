@@ -1,4 +1,4 @@
-"""Evaluation: suites x judges to report.json, rows.jsonl, PNGs and a table."""
+"""Evaluation: suites x judges to a report, rows, pictures, a page, a table."""
 
 import json
 import os
@@ -14,8 +14,9 @@ from scipy.special import expit
 
 from csrm_jax import metrics, score
 from csrm_jax.data import sources, template
+from csrm_jax.eval import cases as editing
+from csrm_jax.eval import endpoint, failures, html, plots, sensitivity, suites
 from csrm_jax.eval import judges as judging
-from csrm_jax.eval import plots, suites
 from csrm_jax.eval.judges import Judge
 from csrm_jax.eval.suites import Suite
 
@@ -32,6 +33,8 @@ METRICS = (
   "flip_recall",
   "spurious_flips",
 )
+# Environment variable with the API key of "endpoint:" judges.
+ENDPOINT_KEY = "CSRM_ENDPOINT_KEY"
 
 
 class Model(NamedTuple):
@@ -57,6 +60,7 @@ def evaluate(
   judge_names: Sequence[str] = judging.NAMES,
   train_rows: str | Path | None = None,
   rows: int = 0,
+  probe: int = 0,
   bootstrap: int = 500,
   seed: int = 0,
 ) -> dict[str, Any]:
@@ -67,12 +71,16 @@ def evaluate(
       function from rows to log-odds.
     suite_names: of `suites.read`, one string joined by commas or several.
     data: folder of real sets or of prepared rows.
-    output: where the report goes, usually report.json; rows.jsonl and the
-      PNGs go beside it. None: nothing is written.
-    judge_names: of `judges.NAMES`.
-    train_rows: .jsonl file that `tfidf` learns from; default: the rows that
+    output: where the report goes, usually report.json; rows.jsonl, the PNGs
+      and a page (.html) go beside it. None: nothing is written.
+    judge_names: of `judges.NAMES` and `judges.BASELINES`, "hf:FOLDER",
+      "endpoint:MODEL@URL" (key in the environment, `ENDPOINT_KEY`), or any
+      model that `score.load` takes.
+    train_rows: .jsonl file that baselines learn from; default: the rows that
       the model was trained on.
     rows: of each suite, by whole families; 0: all.
+    probe: cases of each suite for the sensitivity report and the failure
+      checks of every judge; 0: neither is made.
     bootstrap: resamples of conversation families for the 95 % intervals.
     seed: of synthetic suites, of the shuffled specs and of the resamples.
 
@@ -85,7 +93,10 @@ def evaluate(
   began = time.perf_counter()
   if isinstance(suite_names, str):
     suite_names = [n.strip() for n in suite_names.split(",") if n.strip()]
-  _check_names(suite_names, judge_names)
+  if not suite_names:
+    raise ValueError(
+      "--suite is empty; name suites or .jsonl files, joined by commas"
+    )
   folder = None if callable(model) else Path(model)
   loaded = [
     suites.read(name, data=data, model=folder, rows=rows, seed=seed)
@@ -116,6 +127,9 @@ def evaluate(
           raise
         notes.append(f"{suite.name}: {error}")
         continue
+      odds, wrong = endpoint.count_as_wrong(odds, suite.rows)
+      if wrong:
+        notes.append(f"{suite.name}, {name}: {wrong} unanswered rows are wrong")
       described["judges"][name] = measure(
         suite,
         odds,
@@ -127,12 +141,14 @@ def evaluate(
       if name == "csrm":
         scored[suite.name] = _scored(suite, odds, entry.temperature)
     report["suites"][suite.name] = described
+    if probe:
+      _probe(report, suite, panel, probe, rows, bootstrap, seed)
     if suite.note:
       notes.append(f"{suite.name}: {suite.note}")
   report["seconds"] = time.perf_counter() - began
   report["peak_memory_gib"] = peak_memory_gib()
   if notes:
-    report["notes"] = notes
+    report["notes"] = [*report.get("notes", []), *notes]
   if output is not None:
     _write(Path(output), report, lines, scored, folder)
   return report
@@ -152,18 +168,41 @@ def open_model(model: str | Path | Judge) -> Model:
   return Model(judging.csrm(loaded), facts, loaded.temperature)
 
 
-def _check_names(
-  suite_names: Sequence[str], judge_names: Sequence[str]
+def _probe(
+  report: dict[str, Any],
+  suite: Suite,
+  panel: Mapping[str, Judge],
+  count: int,
+  rows: int,
+  bootstrap: int,
+  seed: int,
 ) -> None:
-  if not suite_names:
-    raise ValueError(
-      "--suite is empty; name suites or .jsonl files, joined by commas"
+  """Adds sensitivity and failure checks of every judge to the report."""
+  if suite.name in suites.SYNTHETIC:
+    size = rows or suites.SYNTHETIC_ROWS
+    found = editing.synthetic(suite.name, size=size, seed=seed)
+  else:
+    found = editing.from_rows(
+      r for r in suite.rows if "label" in r and r.get("spec") is not None
     )
-  for name in judge_names:
-    if name not in judging.NAMES:
-      raise ValueError(
-        f"--judges: {name!r}: no such judge; use {', '.join(judging.NAMES)}"
-      )
+  found = editing.some(found, count)
+  if not found:
+    report.setdefault("notes", []).append(
+      f"{suite.name}: no label rows with a spec, so none were probed"
+    )
+    return
+  # Some probes ask many rows a case.
+  how: dict[str, Any] = {
+    "limit": max(count // 4, 1),
+    "bootstrap": bootstrap,
+    "seed": seed,
+  }
+  for name, judge in panel.items():
+    key = f"{suite.name}, {name}"
+    report.setdefault("sensitivity", {})[key] = sensitivity.report(
+      judge, found, **how
+    )
+    report.setdefault("failures", {})[key] = failures.check(judge, found, **how)
 
 
 def _panel(
@@ -182,24 +221,39 @@ def _panel(
       panel[name] = entry.judge
     elif name == "spec_shuffled":
       panel[name] = judging.spec_shuffled(entry.judge, seed=seed)
-    elif name == "always_unsafe":
-      panel[name] = judging.always_unsafe
+    elif name.startswith("endpoint:"):
+      panel[name] = _endpoint(name)
+    elif name not in judging.LEARNING:
+      panel[name] = judging.baseline(name)
     elif train_rows:
-      panel[name] = judging.tfidf(sources.read_rows(train_rows))
+      panel[name] = judging.baseline(name, sources.read_rows(train_rows))
     else:
       if suites.workdir_of(folder) is None and any(
         s.name not in suites.SYNTHETIC for s in loaded
       ):
         notes.append(
-          "tfidf left out: the model's training rows are unknown; give "
+          f"{name} left out: the model's training rows are unknown; give "
           "--train_rows=FILE"
         )
         continue
       try:
-        panel[name] = judging.tfidf(suites.training_rows(folder))
+        training = suites.training_rows(folder)
+        panel[name] = judging.baseline(name, training)
       except ValueError as error:
-        notes.append(f"tfidf left out: {error}")
+        notes.append(f"{name} left out: {error}")
   return panel, notes
+
+
+def _endpoint(name: str) -> Judge:
+  """The judge that "endpoint:MODEL@URL" means."""
+  model, at, url = name.removeprefix("endpoint:").partition("@")
+  if not (model and at and url):
+    raise ValueError(
+      f"--judges: {name!r}: give endpoint:MODEL@URL, for example "
+      "endpoint:my-model@http://localhost:8000/v1"
+    )
+  key = ENDPOINT_KEY if ENDPOINT_KEY in os.environ else ""
+  return endpoint.endpoint_judge(url, model, key_variable=key)
 
 
 def describe(suite: Suite) -> dict[str, Any]:
@@ -328,8 +382,9 @@ def _lines(
       "judge": judge,
       "id": row["id"],
     }
-    if "spec" not in row:
-      line["helpfulness"] = float(z) if np.isfinite(z) else None
+    if "spec" not in row or not np.isfinite(z):
+      key = "log_odds" if "spec" in row else "helpfulness"
+      line[key] = float(z) if np.isfinite(z) else None
     else:
       line |= {
         "log_odds": float(z),
@@ -358,13 +413,15 @@ def _write(
 ) -> None:
   """The report last: where it stands, the rest stands too."""
   output.parent.mkdir(parents=True, exist_ok=True)
+  pictures: dict[str, Path] = {}
   beside = output.parent
   with (beside / "rows.jsonl").open("w", encoding="utf-8") as out:
     for line in lines:
       out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
   labelled = {k: s for k, s in scored.items() if len(s.label)}
   if labelled:
-    plots.reliability(labelled, beside / "reliability.png")
+    pictures["calibration"] = beside / "reliability.png"
+    plots.reliability(labelled, pictures["calibration"])
   flipping = {
     name: suite
     for name, suite in report["suites"].items()
@@ -375,9 +432,21 @@ def _write(
     )
   }
   if flipping:
-    plots.flips(flipping, scored, beside / "flips.png")
+    pictures["edits of specs"] = beside / "flips.png"
+    plots.flips(flipping, scored, pictures["edits of specs"])
+  for whom, found in report.get("sensitivity", {}).items():
+    if whom.endswith(", csrm"):
+      drawn = sensitivity.draw(found, beside / whom.split(",")[0])
+      pictures |= {f"{whom}: {p.stem}": p for p in drawn}
   if folder is not None:
     plots.training(suites.workdir_of(folder) or folder, beside / "training.png")
+  html.write(
+    output.with_suffix(".html"),
+    report,
+    sensitivity=report.get("sensitivity"),
+    failures=report.get("failures"),
+    pictures=pictures,
+  )
   partial = output.with_name(output.name + ".partial")
   text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
   partial.write_text(text + "\n", encoding="utf-8")
@@ -407,6 +476,8 @@ def table(report: Mapping[str, Any]) -> str:
       cells = [f"{values[m]:.3f}" if m in values else "-" for m in shown]
       out.append(f"{judge:<15}" + "".join(f"{c:>12}" for c in cells))
     out.append("")
+  for whom, checks in report.get("failures", {}).items():
+    out += [f"failure checks: {whom}", failures.table(checks), ""]
   out += [f"note: {note}" for note in report.get("notes", [])]
   out.append(
     f"{report['seconds']:.0f} s, peak memory "

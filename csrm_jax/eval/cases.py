@@ -1,0 +1,299 @@
+"""Cases: judged conversations with known rules, and edits of both."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from csrm_jax.data import groups
+from csrm_jax.data.domains import AKIN, Domain, pool, world
+from csrm_jax.eval.baselines import Row
+from csrm_jax.spec import Rule, Spec
+
+Messages = Sequence[Mapping[str, str]]
+
+_SPLITS = {"synthetic_seen": "seen", "synthetic_unseen": "unseen"}
+_POLARITIES = ("forbid", "allow")
+# The same meaning in other words of the renderer.
+_FRAME = {
+  "Disallowed:": "Not permitted:",
+  "Allowed:": "Permitted:",
+  "Required:": "Always:",
+}
+
+
+class Case(NamedTuple):
+  """A conversation under one spec.
+
+  Attributes:
+    id: unique.
+    family: bootstrap unit.
+    messages: turns, the last one the assistant's.
+    spec: with rules; a plain text takes no part in edits of rules.
+    label: gold probability of compliance.
+    base: id of the case with the same conversation whose spec was edited; ""
+      if this one is no edit.
+    edit: name of the edit; "" or "base" if there is none.
+    truth: gold verdict under any spec: 1, 0 or -1 (unknown); None: only
+      `label` is known.
+    about: synthetic domains that the family speaks of.
+    refusal: 1 if the response declines to answer; None: unknown.
+  """
+
+  id: str
+  family: str
+  messages: Messages
+  spec: Spec
+  label: float
+  base: str = ""
+  edit: str = ""
+  truth: Callable[[Spec], int] | None = None
+  about: frozenset[str] = frozenset()
+  refusal: int | None = None
+
+
+def synthetic(name: str, *, size: int = 400, seed: int = 0) -> list[Case]:
+  """The rows of `data.synthetic.suite`, with rules and truth under any spec.
+
+  Args:
+    name: "synthetic_seen" or "synthetic_unseen".
+    size: cases, reached or missed by less than one conversation.
+    seed: same seed, same cases.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name not in _SPLITS:
+    raise ValueError(f"suite {name!r}: must be one of {', '.join(_SPLITS)}")
+  source, out, index = pool(_SPLITS[name]), [], 0
+  while True:
+    rng = random.Random(f"suite/{name}/{seed}/{index}")
+    family = f"{name}-{seed}-{index}"
+    edits = [None] * rng.choice((1, 2))
+    made = groups.group(rng, source, max_rules=3, edits=edits)
+    index += 1
+    for i, conversation in enumerate(made.conversations):
+      if len(out) >= size or (out and len(out) + len(made.versions) > size):
+        return out
+      out += _of_group(made, i, conversation, family)
+
+
+def _of_group(
+  made: groups.Group, i: int, conversation: groups.Conversation, family: str
+) -> list[Case]:
+  def truth(spec: Spec) -> int:
+    try:
+      return groups.truth(spec, conversation)
+    except ValueError:  # the rules contradict each other on it
+      return -1
+
+  spoken = {c.domain for c in made.conversations}
+  ruled = {r.domain for v in made.versions for r in v.spec.rules}
+  cases = []
+  for j, version in enumerate(made.versions):
+    cases.append(
+      Case(
+        id=f"{family}/{i}/{j}",
+        family=family,
+        messages=conversation.turns(),
+        spec=version.spec,
+        label=float(truth(version.spec)),
+        base=f"{family}/{i}/0" if j else "",
+        edit=(made.kind if version.side == "b" else version.edit)
+        if j
+        else "base",
+        truth=truth,
+        about=frozenset(spoken | ruled),
+        refusal=conversation.refusal,
+      )
+    )
+  return cases
+
+
+def from_rows(rows: Iterable[Row]) -> list[Case]:
+  """Label rows of the data contract; nothing is known beyond their labels.
+
+  Raises:
+    ValueError: a row without label, spec or messages, by its id.
+  """
+  out = []
+  for row in rows:
+    where = f"row {row.get('id')!r}"
+    for field in ("messages", "label", "spec"):
+      if row.get(field) is None:
+        raise ValueError(
+          f"{where}: field {field!r}: missing; give label rows with their specs"
+        )
+    out.append(
+      Case(
+        id=str(row["id"]),
+        family=str(row.get("family") or row["id"]),
+        messages=row["messages"],
+        spec=Spec.parse(row["spec"], origin=where),
+        label=float(row["label"]),
+        base=str(row.get("base") or ""),
+        edit=str(row.get("edit") or ""),
+      )
+    )
+  return out
+
+
+def some(cases: Sequence[Case], count: int) -> list[Case]:
+  """Leading families that together hold `count` cases or just more; 0: all."""
+  kept: dict[str, None] = {}
+  total = 0
+  sizes: dict[str, int] = {}
+  for case in cases:
+    sizes[case.family] = sizes.get(case.family, 0) + 1
+  for family, size in sizes.items():
+    if count and total >= count:
+      break
+    kept[family] = None
+    total += size
+  return [case for case in cases if case.family in kept]
+
+
+# ----------------------------------------------------------- edits of specs
+
+
+def without(spec: Spec, index: int) -> Spec:
+  """The spec less one rule."""
+  return spec.keep(i for i in range(len(spec.rules)) if i != index)
+
+
+def ordered(spec: Spec, order: Sequence[int]) -> Spec:
+  """The spec with its rules in this order; rendering numbers them anew."""
+  return spec.model_copy(update={"rules": tuple(spec.rules[i] for i in order)})
+
+
+def allowing(spec: Spec, index: int) -> Spec:
+  """One rule turned into an explicit permission of what it forbids."""
+  rules = list(spec.rules)
+  rules[index] = _turned(rules[index], "allow")
+  return spec.model_copy(update={"rules": tuple(rules)})
+
+
+def contradicting(spec: Spec, index: int, *, first: bool) -> Spec:
+  """One rule beside its own permission, which stands before it or after."""
+  rules = list(spec.rules)
+  allow = _turned(rules[index], "allow")
+  allow = allow.model_copy(update={"id": rules[index].id + ".allowed"})
+  rules.insert(index if first else index + 1, allow)
+  return spec.model_copy(update={"rules": tuple(rules)})
+
+
+def inverted(spec: Spec) -> Spec:
+  """Everything forbidden is allowed, everything allowed or required is not."""
+  rules = (
+    _turned(r, "allow" if r.polarity == "forbid" else "forbid")
+    for r in spec.rules
+  )
+  return spec.model_copy(update={"rules": tuple(rules)})
+
+
+def _turned(rule: Rule, polarity: str) -> Rule:
+  update = {"polarity": polarity, "level": None, "response_type": None}
+  return rule.model_copy(update=update)
+
+
+def reframed(spec: Spec) -> Spec:
+  """The same spec with other words for allowed, disallowed and required."""
+  text = spec.render()
+  for ours, other in _FRAME.items():
+    text = text.replace(ours, other)
+  return Spec(text=text)
+
+
+def reworded(spec: Spec, rng: random.Random) -> Spec | None:
+  """Other wordings of every rule of the synthetic world; None if it has none.
+
+  Edits and truth stay as they are: ids, polarities and grades are kept.
+  """
+  rules = []
+  for rule in spec.rules:
+    domain = world().get(rule.domain)
+    mode = rule.id.removeprefix(f"{rule.domain}.")
+    if domain is None or mode == rule.id:
+      return None
+    grades = tuple(s.severity for s in rule.subcategories)
+    clause = groups.Clause(domain, mode, grades, rule.level or 0)
+    drawn = [groups.word(rng, clause) for _ in range(8)]
+    rules.append(next((r for r in drawn if r != rule), rule))
+  if not rules:
+    return None
+  return spec.model_copy(update={"rules": tuple(rules)})
+
+
+def distracted(
+  case: Case, count: int, rng: random.Random, *, polarity: str = ""
+) -> Spec:
+  """The spec among `count` rules on matters that the conversation avoids.
+
+  The rules are those of synthetic domains that are neither judged nor akin to
+  a judged one, and none of whose words occurs in the conversation. Where only
+  the label is known they are permissions, which can make nothing a violation.
+  The rules of the case keep their order.
+
+  Args:
+    case: whose spec is added to.
+    count: rules to add.
+    rng: source of randomness.
+    polarity: "forbid" or "allow"; "": either, drawn for each domain.
+
+  Raises:
+    ValueError: the world has fewer such rules.
+  """
+  if not count:
+    return case.spec
+  domains = [d for d in world().values() if _is_elsewhere(d, case)]
+  sides = {
+    d.id: "allow" if case.truth is None else polarity or rng.choice(_POLARITIES)
+    for d in domains
+  }
+  fitting = [(d.id, text) for d in domains for text in _matters(d)]
+  if len(fitting) < count:
+    raise ValueError(
+      f"case {case.id!r}: {len(fitting)} irrelevant rules, {count} asked for;"
+      " ask for fewer"
+    )
+  rules: list[Rule] = list(case.spec.rules)
+  for n, (domain, text) in enumerate(rng.sample(fitting, count)):
+    new = Rule.model_validate(
+      {
+        "id": f"distractor.{n}",
+        "guideline": text,
+        "polarity": sides[domain],
+        "domain": f"{domain}.idle",
+      }
+    )
+    rules.insert(rng.randint(0, len(rules)), new)
+  return case.spec.model_copy(update={"rules": tuple(rules)})
+
+
+def _is_elsewhere(domain: Domain, case: Case) -> bool:
+  if domain.id in case.about or any(
+    domain.id in akin and akin & case.about for akin in AKIN
+  ):
+    return False
+  text = " ".join(m["content"] for m in case.messages).lower()
+  return not any(word.lower() in text for word in domain.vocabulary)
+
+
+def _matters(domain: Domain) -> list[str]:
+  """What a rule of the domain can be about: its titles and grades."""
+  texts = [t[0].lower() + t[1:] for t in domain.titles]
+  return texts + [d for grade in domain.grades for d in grade.describe]
+
+
+# --------------------------------------------------- edits of conversations
+
+
+def said(
+  messages: Messages, role: str, *, before: str = "", after: str = ""
+) -> list[dict[str, str]] | None:
+  """Text added to the last message of a role; None if it has none."""
+  out = [dict(m) for m in messages]
+  for message in reversed(out):
+    if message["role"] == role:
+      message["content"] = before + message["content"] + after
+      return out
+  return None
