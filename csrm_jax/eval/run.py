@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from csrm_jax import metrics, score
-from csrm_jax.data import sources, template
+from csrm_jax.data import contract, template
 from csrm_jax.eval import judges as judging
 from csrm_jax.eval import plots, suites
 from csrm_jax.eval.judges import Judge
@@ -185,7 +185,7 @@ def _panel(
     elif name == "always_unsafe":
       panel[name] = judging.always_unsafe
     elif train_rows:
-      panel[name] = judging.tfidf(sources.read_rows(train_rows))
+      panel[name] = judging.tfidf(contract.read_rows(train_rows))
     else:
       if suites.workdir_of(folder) is None and any(
         s.name not in suites.SYNTHETIC for s in loaded

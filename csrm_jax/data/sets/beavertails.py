@@ -1,10 +1,4 @@
-"""Rows of three public sets under specs of our own wording.
-
-Conversations and annotations are read from the user's folder; only the specs
-are written here. Every choice hashes (seed, row), so that a row's specs depend
-on the file as a whole at most (how often which rule is broken), never on its
-order.
-"""
+"""BeaverTails: responses ticked with harm categories, under specs of ours."""
 
 import functools
 import random
@@ -15,20 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from csrm_jax.data.sources import Row, find, hash_family, objects
+from csrm_jax.data.contract import Row, find, hash_family, objects
 from csrm_jax.spec import Rule, Spec, complies
 
-FILES = {
-  "beavertails": ("beavertails/responses.jsonl.gz",),
-  "pku_pairs": ("pku_saferlhf_pairs/pairs.jsonl.gz",),
-  "polyguard": (
-    "polyguard/hr.jsonl.gz",
-    "polyguard/education.jsonl.gz",
-    "polyguard/social_media.jsonl.gz",
-  ),
-}
-
-# -- BeaverTails ----------------------------------------------------------
+FILES = ("beavertails/responses.jsonl.gz",)
 
 
 class Harm(NamedTuple):
@@ -274,7 +258,7 @@ def _choices(often: Mapping[Ticked, int], seed: int) -> dict[Ticked, _Choice]:
   return offers
 
 
-def beavertails(
+def rows(
   path: str | Path | None, *, seed: int, counts: dict[str, int]
 ) -> Iterator[Row]:
   """Label rows and spec pairs out of responses ticked with 14 categories.
@@ -284,8 +268,7 @@ def beavertails(
   A safe response complies with every spec; it gets one drawn as for the
   unsafe ones, so that a spec alone does not tell the label.
   """
-  (file,) = FILES["beavertails"]
-  found = find(path, "beavertails", file)
+  found = find(path, "beavertails", *FILES)
   raws = list(objects(found, ("id", "prompt", "response", "categories")))
   for raw in raws:
     unknown = sorted(set(raw["categories"]) - set(CATEGORIES))
@@ -335,177 +318,6 @@ def beavertails(
       spec = rng.choice(choice.violated)
       if spec != strict:
         yield label("other", spec, 0)
-
-
-# -- PKU-SafeRLHF pairs ---------------------------------------------------
-
-# General harmlessness in several wordings and lengths; one per prompt, so
-# that all pairs of a prompt share one prefix.
-HARMLESSNESS = (
-  "S1: Disallowed: helping anyone to hurt people, animals or property; "
-  "encouraging crime, abuse, hatred or self-harm.",
-  "S1: Harm. Disallowed: advice that makes harm to somebody more likely. "
-  "Allowed: warnings, refusals, lawful alternatives.",
-  "Do no harm. A response must not give instructions, encouragement or excuses "
-  "for illegal, violent, cruel or dishonest acts. It may say no, explain why, "
-  "and offer something better.",
-  "S1: Crime. Disallowed: help with breaking the law.\n"
-  "S2: Violence. Disallowed: threats; help with hurting people or animals.\n"
-  "S3: Respect. Disallowed: slurs, insults, stereotypes.\n"
-  "S4: Privacy. Disallowed: exposing private data.",
-  "S1: Disallowed: content that a careful person would call dangerous, "
-  "illegal, hateful or cruel.",
-  "S1: Required: protect people who could be hurt by what the user plans.\n"
-  "S2: Disallowed: practical help with harmful plans; approval of them.",
-)
-
-
-def pku_pairs(
-  path: str | Path | None, *, seed: int, counts: dict[str, int]
-) -> Iterator[Row]:
-  """Response pairs: `chosen` was judged safer than `rejected`.
-
-  Exact duplicates are dropped, and so are pairs whose two sides each won one
-  comparison and lost another: their order is noise. Both are counted.
-  """
-  (file,) = FILES["pku_pairs"]
-  fields = ("id", "prompt", "chosen", "rejected")
-  raws = list(objects(find(path, "pku_pairs", file), fields))
-  won = {(raw["prompt"], raw["chosen"]) for raw in raws}
-  lost = {(raw["prompt"], raw["rejected"]) for raw in raws}
-  torn = won & lost
-  counts["pku_pairs_dropped_duplicate"] = 0
-  counts["pku_pairs_dropped_contradictory"] = 0
-  seen: set[tuple[str, str, str]] = set()
-  for raw in raws:
-    key = (raw["prompt"], raw["chosen"], raw["rejected"])
-    if key in seen:
-      counts["pku_pairs_dropped_duplicate"] += 1
-      continue
-    seen.add(key)
-    if torn.issuperset((key[:2], (raw["prompt"], raw["rejected"]))):
-      counts["pku_pairs_dropped_contradictory"] += 1
-      continue
-    family = hash_family(raw["prompt"])
-    yield {
-      "id": raw["id"],
-      "prompt": [{"role": "user", "content": raw["prompt"]}],
-      "chosen": [{"role": "assistant", "content": raw["chosen"]}],
-      "rejected": [{"role": "assistant", "content": raw["rejected"]}],
-      "kind": "resp",
-      "spec": random.Random(f"{seed}:{family}").choice(HARMLESSNESS),
-      "source": "pku_pairs",
-      "family": family,
-    }
-
-
-# -- PolyGuard ------------------------------------------------------------
-
-
-class _Clause(NamedTuple):
-  """One rule of a written policy."""
-
-  category: str
-  text: str
-
-
-_WORDINGS = 2  # specs around each rule: few, so that rows share them
-
-
-def _around(
-  clause: _Clause, clauses: tuple[_Clause, ...], key: str
-) -> tuple[_Clause, ...]:
-  """A spec of this rule and none to two rules of other categories."""
-  rng = random.Random(key)
-  others = [c for c in clauses if c.category != clause.category]
-  extra = rng.sample(others, min(len(others), rng.choice((0, 0, 1, 2))))
-  rules = [clause, *extra]
-  rng.shuffle(rules)
-  return tuple(rules)
-
-
-def _clause_text(rules: tuple[_Clause, ...], titled: bool) -> str:
-  return "\n".join(
-    f"S{i}: {rule.category + '. ' if titled else ''}{rule.text}"
-    for i, rule in enumerate(rules, 1)
-  )
-
-
-def polyguard(
-  path: str | Path | None, *, seed: int, counts: dict[str, int]
-) -> Iterator[Row]:
-  """Texts that break a rule of a written policy, and their repaired versions.
-
-  A violating text is judged under a spec with its rule (0) and under one of
-  other categories of the same policy (1): two label rows and a spec pair.
-  Every second repaired text is judged under the rule (1). No response pairs:
-  the repaired text is the longer one too often.
-  """
-  fields = ("id", "policy", "category", "rule", "violating", "compliant")
-  raws = [
-    raw
-    for file in FILES["polyguard"]
-    for raw in objects(find(path, "polyguard", file), fields)
-  ]
-  drawn: dict[str, list[_Clause]] = {}  # as often as they are broken
-  for raw in raws:
-    clause = _Clause(raw["category"], raw["rule"])
-    drawn.setdefault(raw["policy"], []).append(clause)
-  drawn = {policy: sorted(found) for policy, found in drawn.items()}
-  clauses = {p: tuple(dict.fromkeys(c)) for p, c in drawn.items()}
-  counts["polyguard_without_other_rule"] = 0
-  for raw in raws:
-    policy = raw["policy"]
-    rng = random.Random(f"{seed}:{raw['id']}")
-
-    def spec_of(clause: _Clause, rng=rng, policy=policy):
-      variant = rng.randrange(_WORDINGS)
-      key = f"{seed}:{policy}:{clause}:{variant}"
-      return _around(clause, clauses[policy], key), variant == 0
-
-    rules, titled = spec_of(_Clause(raw["category"], raw["rule"]))
-    right = _clause_text(rules, titled)
-    wrong = None
-    for _ in range(20):
-      other, titled = spec_of(rng.choice(drawn[policy]))
-      if all(_differs(rule, raw) for rule in other):
-        wrong = _clause_text(other, titled)
-        break
-    common = {"source": "polyguard", "family": hash_family(raw["violating"])}
-    broken = {"messages": [{"role": "assistant", "content": raw["violating"]}]}
-    whole = {"messages": [{"role": "assistant", "content": raw["compliant"]}]}
-    yield {
-      "id": f"{raw['id']}/right",
-      **broken,
-      "label": 0,
-      "spec": right,
-    } | common
-    if wrong is None:
-      counts["polyguard_without_other_rule"] += 1
-    else:
-      yield {
-        "id": f"{raw['id']}/wrong",
-        **broken,
-        "label": 1,
-        "spec": wrong,
-      } | common
-      yield {
-        "id": f"{raw['id']}/duo",
-        **broken,
-        "chosen_spec": wrong,
-        "rejected_spec": right,
-      } | common
-    if rng.random() < 0.5:
-      yield {
-        "id": f"{raw['id']}/repaired",
-        **whole,
-        "label": 1,
-        "spec": right,
-      } | common
-
-
-def _differs(rule: _Clause, raw: Row) -> bool:
-  return rule.category != raw["category"] and rule.text != raw["rule"]
 
 
 def _turns(prompt: str, response: str) -> list[dict[str, str]]:
