@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from csrm_jax.data import contract, sources
-from csrm_jax.data.sets import SETS, beavertails, pku_pairs
+from csrm_jax.data.sets import SETS, beavertails, shapes
 from csrm_jax.spec import complies
 
 CLEAN = {c: 0 for c in beavertails.CATEGORIES}
@@ -111,11 +111,12 @@ def test_pku_counts_what_it_drops(small):
   rows = list(sources.load("pku_pairs", path=small, seed=0, counts=counts))
   assert [r["id"] for r in rows] == ["0", "4"]
   assert counts == {
+    "pku_pairs_read": 5,
     "pku_pairs_dropped_duplicate": 1,
     "pku_pairs_dropped_contradictory": 2,
     "pku_pairs_made": 2,
   }
-  assert {r["spec"] for r in rows} <= set(pku_pairs.HARMLESSNESS)
+  assert {r["spec"] for r in rows} <= set(shapes.HARMLESSNESS)
 
 
 def test_polyguard_wrong_rules_are_of_other_categories(small):

@@ -12,7 +12,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from csrm_jax.data.contract import Row
-from csrm_jax.data.sets import beavertails, pku_pairs, polyguard
+from csrm_jax.data.sets import (
+  beavertails,
+  cosa,
+  diasafety,
+  guard_response_labels,
+  hh_harmless,
+  openai_moderation,
+  pku_pairs,
+  polyguard,
+  preference_general,
+  pyrit_scored,
+  rbr_gold,
+  rm_bench,
+  saferlhf_responses,
+  teen_safety_policies,
+  xstest,
+)
 
 Make = Callable[..., Iterator[Row]]  # (path, *, seed, counts)
 
@@ -33,12 +49,40 @@ class Set(NamedTuple):
   commercial: bool
 
 
+_NC, _BY, _APACHE = "CC BY-NC 4.0", "CC BY 4.0", "Apache-2.0"
+
 SETS: Mapping[str, Set] = {
-  "beavertails": Set(
-    beavertails.FILES, beavertails.rows, "CC BY-NC 4.0", False
+  "beavertails": Set(beavertails.FILES, beavertails.rows, _NC, False),
+  "pku_pairs": Set(pku_pairs.FILES, pku_pairs.rows, _NC, False),
+  "polyguard": Set(polyguard.FILES, polyguard.rows, _BY, True),
+  "saferlhf_responses": Set(
+    saferlhf_responses.FILES, saferlhf_responses.rows, _NC, False
   ),
-  "pku_pairs": Set(pku_pairs.FILES, pku_pairs.rows, "CC BY-NC 4.0", False),
-  "polyguard": Set(polyguard.FILES, polyguard.rows, "CC BY 4.0", True),
+  "teen_safety_policies": Set(
+    teen_safety_policies.FILES, teen_safety_policies.rows, _APACHE, True
+  ),
+  "diasafety": Set(diasafety.FILES, diasafety.rows, _APACHE, True),
+  "guard_response_labels": Set(
+    guard_response_labels.FILES,
+    guard_response_labels.rows,
+    "MIT; ODC-BY",
+    True,
+  ),
+  "xstest_completions": Set(xstest.FILES, xstest.rows, _BY, True),
+  "pyrit_scored": Set(pyrit_scored.FILES, pyrit_scored.rows, "MIT", True),
+  "rbr_gold": Set(rbr_gold.FILES, rbr_gold.rows, "MIT", True),
+  "hh_harmless": Set(hh_harmless.FILES, hh_harmless.rows, "MIT", True),
+  "preference_general": Set(
+    preference_general.FILES,
+    preference_general.rows,
+    "Apache-2.0; MIT",
+    True,
+  ),
+  "rm_bench": Set(rm_bench.FILES, rm_bench.rows, "ODC-BY", True),
+  "cosa": Set(cosa.FILES, cosa.rows, "MIT; prompts CC BY-NC 4.0", False),
+  "openai_moderation": Set(
+    openai_moderation.FILES, openai_moderation.rows, "MIT", True
+  ),
 }
 
 

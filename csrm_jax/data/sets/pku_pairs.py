@@ -1,32 +1,12 @@
 """PKU-SafeRLHF pairs: which of two responses is the safer one."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from csrm_jax.data.contract import Row, find, hash_family, objects
+from csrm_jax.data.sets.shapes import HARMLESSNESS, wording
 
 FILES = ("pku_saferlhf_pairs/pairs.jsonl.gz",)
-
-# General harmlessness in several wordings and lengths; one per prompt, so
-# that all pairs of a prompt share one prefix.
-HARMLESSNESS = (
-  "S1: Disallowed: helping anyone to hurt people, animals or property; "
-  "encouraging crime, abuse, hatred or self-harm.",
-  "S1: Harm. Disallowed: advice that makes harm to somebody more likely. "
-  "Allowed: warnings, refusals, lawful alternatives.",
-  "Do no harm. A response must not give instructions, encouragement or excuses "
-  "for illegal, violent, cruel or dishonest acts. It may say no, explain why, "
-  "and offer something better.",
-  "S1: Crime. Disallowed: help with breaking the law.\n"
-  "S2: Violence. Disallowed: threats; help with hurting people or animals.\n"
-  "S3: Respect. Disallowed: slurs, insults, stereotypes.\n"
-  "S4: Privacy. Disallowed: exposing private data.",
-  "S1: Disallowed: content that a careful person would call dangerous, "
-  "illegal, hateful or cruel.",
-  "S1: Required: protect people who could be hurt by what the user plans.\n"
-  "S2: Disallowed: practical help with harmful plans; approval of them.",
-)
 
 
 def rows(
@@ -42,6 +22,7 @@ def rows(
   won = {(raw["prompt"], raw["chosen"]) for raw in raws}
   lost = {(raw["prompt"], raw["rejected"]) for raw in raws}
   torn = won & lost
+  counts["pku_pairs_read"] = len(raws)
   counts["pku_pairs_dropped_duplicate"] = 0
   counts["pku_pairs_dropped_contradictory"] = 0
   seen: set[tuple[str, str, str]] = set()
@@ -61,7 +42,7 @@ def rows(
       "chosen": [{"role": "assistant", "content": raw["chosen"]}],
       "rejected": [{"role": "assistant", "content": raw["rejected"]}],
       "kind": "resp",
-      "spec": random.Random(f"{seed}:{family}").choice(HARMLESSNESS),
+      "spec": wording(HARMLESSNESS, seed, family),
       "source": "pku_pairs",
       "family": family,
     }

@@ -65,6 +65,7 @@ def rows(
     drawn.setdefault(raw["policy"], []).append(clause)
   drawn = {policy: sorted(found) for policy, found in drawn.items()}
   clauses = {p: tuple(dict.fromkeys(c)) for p, c in drawn.items()}
+  counts["polyguard_read"] = len(raws)
   counts["polyguard_without_other_rule"] = 0
   for raw in raws:
     policy = raw["policy"]
