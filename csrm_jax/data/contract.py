@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import json
+import lzma
 import math
 import re
 import zlib
@@ -247,16 +248,17 @@ def objects(path: Path, fields: tuple[str, ...]) -> Iterator[Row]:
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
   """(line number from 1, bytes) of the lines that are not blank."""
   try:
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rb") as file:
       for number, raw in enumerate(file, 1):
         if number == 1:
           raw = raw.removeprefix(b"\xef\xbb\xbf")
         if raw.strip():
           yield number, raw.rstrip(b"\r\n")
-  except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+  except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+    kind = "xz" if path.suffix == ".xz" else "gzip"
     raise ValueError(
-      f"{path}: broken gzip file ({error}); fetch or write it again"
+      f"{path}: broken {kind} file ({error}); fetch or write it again"
     ) from None
   except OSError as error:
     raise ValueError(

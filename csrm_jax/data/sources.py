@@ -11,11 +11,10 @@ from csrm_jax.data.contract import (
   Bad,
   Row,
   family_of,
-  find,
   raw_lines,
   read_rows,
 )
-from csrm_jax.data.sets import SETS, code_of
+from csrm_jax.data.sets import SETS, code_of, inputs
 
 MIXTURE = ("beavertails", "pku_pairs", "polyguard")
 NAMES = (*SETS, "synthetic", "jsonl")
@@ -151,7 +150,7 @@ def _inputs(name: str, path: str | Path | None) -> list[Path]:
         ".jsonl or .jsonl.gz file of contract rows; no such file"
       )
     return [Path(path), *_spec_files(Path(path))]
-  return code_of(name) + [find(path, name, f) for f in SETS[name].files]
+  return code_of(name) + inputs(name, path)
 
 
 def _spec_files(path: Path) -> list[Path]:

@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from csrm_jax.data.contract import Row
+from csrm_jax.data.contract import Row, find
 from csrm_jax.data.sets import (
   beavertails,
   cosa,
   diasafety,
   guard_response_labels,
+  hf_aegis2,
+  hf_cosapien,
+  hf_dynabench,
+  hf_or_bench,
+  hf_pku_saferlhf,
+  hf_rewardbench2,
+  hf_wildguardmix,
   hh_harmless,
   openai_moderation,
   pku_pairs,
@@ -26,6 +33,7 @@ from csrm_jax.data.sets import (
   rbr_gold,
   rm_bench,
   saferlhf_responses,
+  tables,
   teen_safety_policies,
   xstest,
 )
@@ -37,7 +45,8 @@ class Set(NamedTuple):
   """A public set.
 
   Attributes:
-    files: what is read, below the data folder.
+    files: what is read, below the data folder; a name that ends in "/" is a
+      folder of JSON, CSV or parquet files.
     make: rows out of the folder, the seed, and a dict that receives counts.
     licence: of the data.
     commercial: whether the licence permits commercial use.
@@ -83,7 +92,42 @@ SETS: Mapping[str, Set] = {
   "openai_moderation": Set(
     openai_moderation.FILES, openai_moderation.rows, "MIT", True
   ),
+  # As published on the Hugging Face Hub, in a folder named like the data set.
+  "hf_beavertails": Set(beavertails.HF_FILES, beavertails.hf_rows, _NC, False),
+  "hf_pku_saferlhf": Set(
+    hf_pku_saferlhf.FILES, hf_pku_saferlhf.rows, _NC, False
+  ),
+  "hf_wildguardmix": Set(
+    hf_wildguardmix.FILES, hf_wildguardmix.rows, "ODC-BY", True
+  ),
+  "hf_aegis2": Set(hf_aegis2.FILES, hf_aegis2.rows, _BY, True),
+  "hf_dynabench": Set(
+    hf_dynabench.FILES, hf_dynabench.rows, "see its card", False
+  ),
+  "hf_cosapien": Set(
+    hf_cosapien.FILES, hf_cosapien.rows, "CDLA-Permissive-2.0", True
+  ),
+  "hf_xstest": Set(xstest.HF_FILES, xstest.hf_rows, _BY, True),
+  "hf_or_bench": Set(hf_or_bench.FILES, hf_or_bench.rows, _BY, True),
+  "hf_rewardbench2": Set(
+    hf_rewardbench2.FILES, hf_rewardbench2.rows, "ODC-BY", True
+  ),
 }
+
+
+def inputs(name: str, path: str | Path | None) -> list[Path]:
+  """The files below `path` that a set is read from.
+
+  Raises:
+    ValueError: one is missing; says which and where.
+  """
+  found: list[Path] = []
+  for file in SETS[name].files:
+    if file.endswith("/"):
+      found += tables.files(path, name, file[:-1])
+    else:
+      found.append(find(path, name, file))
+  return found
 
 
 def code_of(name: str) -> list[Path]:

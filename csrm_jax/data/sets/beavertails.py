@@ -6,10 +6,12 @@ from pathlib import Path
 from csrm_jax.data.contract import Row, find, hash_family, objects
 from csrm_jax.data.sets.duos import Duo, Harm, Item, pool
 from csrm_jax.data.sets.duos import rows as duo_rows
-from csrm_jax.data.sets.shapes import exchange
-from csrm_jax.spec import Truth
+from csrm_jax.data.sets.shapes import drop, exchange, text_id
+from csrm_jax.data.sets.tables import records, truth
+from csrm_jax.spec import Rule, Spec, Truth
 
 FILES = ("beavertails/responses.jsonl.gz",)
+HF_FILES = ("BeaverTails/",)
 
 
 HARMS = {
@@ -169,3 +171,71 @@ def rows(
     counts=counts,
     never=_NEVER,
   )
+
+
+_FULL_SHARE = 8  # one response in so many is judged by all categories at once
+
+
+def hf_rows(
+  path: str | Path | None, *, seed: int, counts: dict[str, int]
+) -> Iterator[Row]:
+  """The published set: several annotations of a response become one.
+
+  A category on which annotators disagree counts as unknown. Such responses,
+  and some others, are judged by a spec of all categories too; their label is
+  the share of annotators that found them safe.
+  """
+  name = "hf_beavertails"
+  fields = ("prompt", "response", "category", "is_safe")
+  truths: dict[tuple[str, str], list[tuple[dict[str, Truth], int]]] = {}
+  for file, raw in records(path, name, HF_FILES[0][:-1], fields, counts):
+    ticked = sorted(
+      c for c, value in raw["category"].items() if truth(value, c, file)
+    )
+    if not {*ticked} <= {*CATEGORIES}:
+      raise ValueError(
+        f"{file}: field 'category': {ticked}: not all are among the 14; use "
+        "the published file"
+      )
+    if not (raw["prompt"].strip() and raw["response"].strip()):
+      drop(counts, name, "empty")
+      continue
+    found = truths.setdefault((raw["prompt"], raw["response"]), [])
+    counts[f"{name}_merged"] = counts.get(f"{name}_merged", 0) + bool(found)
+    safe = truth(raw["is_safe"], "is_safe", file)
+    found.append((annotation(tuple(ticked)), safe))
+  items, shares = [], {}
+  for (prompt, response), found in sorted(truths.items()):
+    merged: dict[str, Truth] = {
+      c: found[0][0][c] if len({t[c] for t, _ in found}) == 1 else None
+      for c in CATEGORIES
+    }
+    item = Item(
+      text_id(name, prompt, response),
+      exchange(prompt, response),
+      hash_family(prompt),
+      merged,
+    )
+    items.append(item)
+    shares[item.id] = sum(safe for _, safe in found) / len(found)
+  yield from duo_rows(
+    items, duos(seed), name=name, seed=seed, counts=counts, never=_NEVER
+  )
+  every = Spec(
+    rules=tuple(
+      Rule(id=c, title=h.title, guideline=h.short, polarity="forbid")
+      for c, h in HARMS.items()
+    )
+  ).render()
+  for item in items:
+    share = shares[item.id]
+    chosen = int(text_id(seed, item.id), 16) % _FULL_SHARE == 0
+    if chosen or 0 < share < 1:
+      yield {
+        "id": f"{item.id}/all",
+        "messages": item.messages,
+        "label": share,
+        "spec": every,
+        "source": name,
+        "family": item.family,
+      }

@@ -132,9 +132,9 @@ def rows(
 
   A conversation in some category gets a duo of specs with opposite verdicts
   (two label rows, one spec pair) and, with probability `other`, one more spec
-  that it violates. One in no category gets a spec drawn as for the others, which it
-  complies with, so that a spec alone does not tell the label. No row is made
-  that depends on an unknown category.
+  that it violates. One in no category gets a spec drawn as for the others,
+  which it complies with, so that a spec alone does not tell the label. No row
+  is made that depends on an unknown category.
 
   Args:
     items: conversations; all of them name the same categories.

@@ -110,7 +110,7 @@ def settled(
   whole: list[Row] = []
   for raw in raws:
     counts[f"{name}_read"] = counts.get(f"{name}_read", 0) + 1
-    if any(part == "" or part.isspace() for part in key(raw)):
+    if not all(part and part.strip() for part in key(raw)):
       drop(counts, name, "empty")
     else:
       whole.append(raw)
@@ -126,7 +126,8 @@ def settled(
     k = key(raw)
     if len(values[k]) > 1:
       drop(counts, name, "contradictory")
-    elif least[k] == raw["id"]:
+    elif k in least and least[k] == raw["id"]:
+      del least[k]  # ids that hash the content are equal too
       kept.append(raw)
     else:
       drop(counts, name, "duplicate")

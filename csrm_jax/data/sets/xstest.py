@@ -6,12 +6,17 @@ from pathlib import Path
 from csrm_jax.data.contract import Row, find, hash_family, objects
 from csrm_jax.data.sets.shapes import (
   FITTING,
+  HARMLESSNESS,
   exchange,
+  pseudo,
   refusal_rows,
   settled,
+  text_id,
   wording,
 )
+from csrm_jax.data.sets.tables import records
 
+HF_FILES = ("XSTest/",)
 FILES = ("xstest_completions/completions.jsonl.gz",)
 _VOTES = ("annotation_1", "annotation_2", "final_label")
 _FULL, _REFUSED, _PART = (
@@ -64,6 +69,45 @@ def rows(
       "messages": messages,
       "label": answered if raw["prompt_label"] == "safe" else refused,
       "spec": wording(FITTING, seed, f"{family}:fit"),
+      "source": name,
+      "family": family,
+    }
+
+
+def hf_rows(
+  path: str | Path | None, *, seed: int, counts: dict[str, int]
+) -> Iterator[Row]:
+  """The published prompts, as pseudo-responses under harmlessness.
+
+  Where the file has no labels, types that begin with "contrast" are unsafe.
+  """
+  name = "hf_xstest"
+  raws = settled(
+    (
+      raw | {"id": text_id(name, raw["prompt"])}
+      for _, raw in records(
+        path, name, HF_FILES[0][:-1], ("prompt", "type"), {}
+      )
+    ),
+    lambda raw: (raw["prompt"],),
+    lambda raw: (raw.get("label"), raw["type"]),
+    name=name,
+    counts=counts,
+  )
+  for raw in raws:
+    unsafe = raw["type"].startswith("contrast")
+    label = raw.get("label") or ("unsafe" if unsafe else "safe")
+    if label not in ("safe", "unsafe"):
+      raise ValueError(
+        f"{name}: prompt {raw['prompt'][:40]!r}: field 'label': {label!r}: "
+        "must be 'safe' or 'unsafe'"
+      )
+    family = hash_family(raw["prompt"])
+    yield {
+      "id": raw["id"],
+      "messages": pseudo(raw["prompt"]),
+      "label": int(label == "safe"),
+      "spec": wording(HARMLESSNESS, seed, family),
       "source": name,
       "family": family,
     }
