@@ -7,7 +7,7 @@ axes and keeps them, so that a bootstrap is one call on a matrix of resampled
 weights. A metric without anything to count is NaN.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.fft
@@ -431,7 +431,7 @@ def clopper_pearson_lower(
 
 
 def intervals(
-  metrics: Callable[[Float[np.ndarray, "r n"]], dict[str, np.ndarray]],
+  metrics: Callable[[Float[np.ndarray, "r n"]], Mapping[str, Numbers]],
   groups: Sequence[object],
   weight: Vector | None = None,
   *,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from csrm_jax import CallableModule, checkpoint
 from csrm_jax.config import default
-from csrm_jax.data import sources, template
+from csrm_jax.data import contract, template
 from csrm_jax.data import tokenizer as tokenizers
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
@@ -466,7 +466,7 @@ def score_file(
   output = Path(output)
   counts: dict[str, int] = {}
   aside: list[dict[str, Any]] = []
-  rows = sources.read_rows(
+  rows = contract.read_rows(
     source,
     on_bad_row=on_bad_row,
     quarantine=aside,

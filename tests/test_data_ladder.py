@@ -13,7 +13,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csrm_jax.data import domains, groups, ladder, proposers, sources
+from csrm_jax.data import contract, domains, groups, ladder, proposers
 from csrm_jax.data.annotated import Annotated
 from csrm_jax.data.proposers import TaxonomyProposer, annotation_judge
 from csrm_jax.spec import Rule, Spec, Subcategory, complies
@@ -336,7 +336,7 @@ def test_rows_follow_the_contract_and_prefer_the_lenient(tmp_path):
   assert counts == {"ladder_pairs": 24, "ladder_complying": 1}
   path = tmp_path / "rows.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  assert list(sources.read_rows(path, kinds=("spec_pair",))) == rows
+  assert list(contract.read_rows(path, kinds=("spec_pair",))) == rows
   weights: dict[str, float] = {}
   for row in rows:
     strict = row["rejected_spec"].split("Allowed:")[0]

@@ -9,10 +9,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from csrm_jax.data import real, sources
+from csrm_jax.data import contract, sources
+from csrm_jax.data.sets import SETS, beavertails, shapes
 from csrm_jax.spec import complies
 
-CLEAN = {c: 0 for c in real.CATEGORIES}
+CLEAN = {c: 0 for c in beavertails.CATEGORIES}
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +85,11 @@ def test_rows_follow_the_contract_in_any_order(small, name):
   rows = list(sources.load(name, path=small, seed=1))
   assert rows
   for row in rows:
-    assert sources.check_row(row, origin=name) == row
+    assert contract.check_row(row, origin=name) == row
     assert row["source"] == name and row["family"]
   assert len({r["id"] for r in rows}) == len(rows)
   # The files turned round give the same rows; another seed gives others.
-  for file in real.FILES[name]:
+  for file in SETS[name].files:
     path = small / file
     lines = gzip.decompress(path.read_bytes()).splitlines()
     path.write_bytes(gzip.compress(b"\n".join(reversed(lines))))
@@ -110,11 +111,12 @@ def test_pku_counts_what_it_drops(small):
   rows = list(sources.load("pku_pairs", path=small, seed=0, counts=counts))
   assert [r["id"] for r in rows] == ["0", "4"]
   assert counts == {
+    "pku_pairs_read": 5,
     "pku_pairs_dropped_duplicate": 1,
     "pku_pairs_dropped_contradictory": 2,
     "pku_pairs_made": 2,
   }
-  assert {r["spec"] for r in rows} <= set(real.HARMLESSNESS)
+  assert {r["spec"] for r in rows} <= set(shapes.HARMLESSNESS)
 
 
 def test_polyguard_wrong_rules_are_of_other_categories(small):
@@ -145,12 +147,12 @@ def test_beavertails_labels_follow_from_the_specs(small):
     r["id"]: tuple(r["categories"])
     for r in map(json.loads, gzip.decompress(file.read_bytes()).splitlines())
   }
-  by_text = {s.render(): s for d in real.duos(0) for s in d}
+  by_text = {s.render(): s for d in beavertails.duos(0) for s in d}
   parts = collections.Counter()
   for row in rows:
     stem, part = row["id"].split("/")
     parts[part] += 1
-    truth = real.annotation(ticked[stem])
+    truth = beavertails.annotation(ticked[stem])
     if part == "duo":
       assert complies(by_text[row["chosen_spec"]], truth) == 1
       assert complies(by_text[row["rejected_spec"]], truth) == 0
@@ -164,7 +166,7 @@ def test_beavertails_labels_follow_from_the_specs(small):
 
 def test_no_spec_permits_child_abuse():
   for seed in range(5):
-    for duo in real.duos(seed):
+    for duo in beavertails.duos(seed):
       for spec in duo:
         rules = {r.id: r.polarity for r in spec.rules}
         assert rules.get("child_abuse") in (None, "forbid")
@@ -198,7 +200,7 @@ def test_real_rows(staged, name, least):
   rows = list(sources.load(name, path=staged, seed=0))
   assert len(rows) > least
   for row in rows[:: len(rows) // 500]:
-    assert sources.check_row(row, origin=name) == row
+    assert contract.check_row(row, origin=name) == row
   assert len({r["id"] for r in rows}) == len(rows)
   if name != "pku_pairs":
     assert 0.4 < _labels(rows).mean() < 0.65

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from csrm_jax.data import sources, synthetic, tfds_builders
+from csrm_jax.data import contract, synthetic, tfds_builders
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_contract_rows_come_back_whole(rows_file, tmp_path):
     example = source[i]
     row = tfds_builders.row_of(example)
     assert row == by_id.pop(row["id"])
-    assert example["kind"].decode() == sources.kind_of(row)
+    assert example["kind"].decode() == contract.kind_of(row)
     assert json.loads(example["messages"]) == row.get("messages", [])
     assert np.isnan(example["label"]) == ("label" not in row)
     if row["id"] == "objects":

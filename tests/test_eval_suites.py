@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from csrm_jax.data import sources
+from csrm_jax.data import contract
 from csrm_jax.data.prepare import is_heldout
 from csrm_jax.eval import suites
 
@@ -182,7 +182,7 @@ def test_training_rows_are_the_recipe_s_without_the_held_out(tmp_path):
   kept = {row["id"] for row in suites.training_rows(folder)}
   out = {
     row["id"]
-    for row in sources.read_rows(path)
+    for row in contract.read_rows(path)
     if is_heldout(row["family"], seed=3, share=0.5)
   }
   assert kept and out

@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from csrm_jax.config import Config
-from csrm_jax.data import sources, template
+from csrm_jax.data import contract, sources, template
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
 from csrm_jax.spec import Spec
@@ -114,7 +114,7 @@ def examples(
     return tuple(ids)
 
   for row in rows:
-    kind = sources.kind_of(row)
+    kind = contract.kind_of(row)
     try:
       encoded = _encode_row(row, kind, encode)
     except ValueError as error:
@@ -123,7 +123,7 @@ def examples(
       bad(row, str(error))
       continue
     counts[f"rows_{kind}"] = counts.get(f"rows_{kind}", 0) + 1
-    name = row.get("family") or sources.family_of(row)
+    name = row.get("family") or contract.family_of(row)
     family = families.setdefault(name, _Family(name))
     weight = float(row.get("weight", 1.0))
     margin = float(row.get("margin", 0.0))
@@ -208,7 +208,7 @@ def prepare(
     The manifest, as in `meta.json`.
 
   Raises:
-    ValueError: bad rows (see `data/sources.py`), or nothing to train on.
+    ValueError: bad rows (see `data/contract.py`), or nothing to train on.
   """
   folder = Path(folder)
   data = config.data

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from csrm_jax.data import sources, synthetic
+from csrm_jax.data import contract, sources, synthetic
 from csrm_jax.spec import Spec
 
 VERSION = "1.0.0"
@@ -100,12 +100,12 @@ class ContractRows(tfds.core.GeneratorBasedBuilder):
         "contract_rows: no files; pass config=tfds_builders.files(train=PATH)"
       )
     return {
-      split: self._generate_examples(sources.read_rows(path))
+      split: self._generate_examples(contract.read_rows(path))
       for split, path in paths
     }
 
   def _generate_examples(
-    self, rows: Iterable[sources.Row]
+    self, rows: Iterable[contract.Row]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in rows:
       yield row["id"], example_of(row)
@@ -149,7 +149,7 @@ class SyntheticWorld(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(
-    self, rows: Iterable[sources.Row]
+    self, rows: Iterable[contract.Row]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     for row in rows:
       yield row["id"], example_of(row)
@@ -160,8 +160,8 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
   spec = row.get("spec")
   return {
     "id": row["id"],
-    "kind": sources.kind_of(row),
-    "family": sources.family_of(row),
+    "kind": contract.kind_of(row),
+    "family": contract.family_of(row),
     "source": row.get("source", ""),
     "messages": json.dumps(row.get("messages", []), ensure_ascii=False),
     "spec": "" if spec is None else Spec.parse(spec).render(),
@@ -171,7 +171,7 @@ def example_of(row: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def row_of(example: Mapping[str, Any]) -> sources.Row:
+def row_of(example: Mapping[str, Any]) -> contract.Row:
   """The contract row behind an example; TFDS gives text back as bytes."""
   return json.loads(example["row"])
 

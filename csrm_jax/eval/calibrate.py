@@ -12,7 +12,7 @@ import scipy.optimize
 from jaxtyping import Float
 
 from csrm_jax import metrics, score
-from csrm_jax.data import sources
+from csrm_jax.data import contract
 from csrm_jax.eval import suites
 
 # One parameter needs few rows, and a CPU scores some four a second.
@@ -76,7 +76,7 @@ def calibrate_workdir(
   heldout = Path(heldout)
   found = []
   if heldout.is_file() and heldout.stat().st_size:
-    found = [r for r in sources.read_rows(heldout) if "label" in r]
+    found = [r for r in contract.read_rows(heldout) if "label" in r]
   kept = suites.some_families(found, rows)
   temperature, report = 1.0, {}
   if kept:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.special import expit
 
 from csrm_jax import metrics, score
-from csrm_jax.data import sources, template
+from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
 from csrm_jax.eval import endpoint, failures, html, plots, sensitivity, suites
 from csrm_jax.eval import judges as judging
@@ -226,7 +226,7 @@ def _panel(
     elif name not in judging.LEARNING:
       panel[name] = judging.baseline(name)
     elif train_rows:
-      panel[name] = judging.baseline(name, sources.read_rows(train_rows))
+      panel[name] = judging.baseline(name, contract.read_rows(train_rows))
     else:
       if suites.workdir_of(folder) is None and any(
         s.name not in suites.SYNTHETIC for s in loaded
@@ -306,7 +306,7 @@ def measure(
   kinds = np.array([p.kind for p in pairs], str)
   p, raw = expit(z), z * temperature
 
-  def values(weight: np.ndarray) -> dict[str, np.ndarray]:
+  def values(weight: np.ndarray) -> dict[str, Any]:
     w, of_pairs = weight[..., : len(rows)], weight[..., len(rows) :]
     found = {
       "auroc": metrics.auroc(z, label, w),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from csrm_jax.config import default
-from csrm_jax.data import sources, synthetic
+from csrm_jax.data import contract, sources, synthetic
 from csrm_jax.data.prepare import is_heldout
+from csrm_jax.data.sets import SETS
 from csrm_jax.metrics import complies
 from csrm_jax.spec import Spec
 
@@ -69,7 +70,7 @@ def flatten(name: str, rows: Iterable[Mapping[str, Any]]) -> Suite:
       {
         "id": row["id"] + part,
         "messages": messages,
-        "family": row.get("family") or sources.family_of(row),
+        "family": row.get("family") or contract.family_of(row),
         "weight": float(row.get("weight", 1.0)),
       }
       | ({} if spec is None else {"spec": spec})
@@ -77,7 +78,7 @@ def flatten(name: str, rows: Iterable[Mapping[str, Any]]) -> Suite:
     return len(flat) - 1
 
   for row in rows:
-    kind = sources.kind_of(row)
+    kind = contract.kind_of(row)
     weight = float(row.get("weight", 1.0))
     if kind == "label":
       at = add(row, "", row["messages"], row["spec"])
@@ -164,8 +165,8 @@ def read(
     return flatten(name, made)
   config = recipe(model)
   if name == "heldout":
-    found = list(sources.read_rows(_heldout_file(data, model, config)))
-  elif name in sources.MIXTURE:
+    found = list(contract.read_rows(_heldout_file(data, model, config)))
+  elif name in SETS:
     if not (data or config.data.path):
       raise ValueError(
         f"--suite={name}: --data is missing; give the folder of the real sets"
@@ -178,9 +179,9 @@ def read(
       if is_heldout(row["family"], seed=config.seed, share=config.data.heldout)
     ]
   elif Path(name).is_file():
-    found = list(sources.read_rows(name))
+    found = list(contract.read_rows(name))
   else:
-    known = ", ".join((*SYNTHETIC, "heldout", *sources.MIXTURE))
+    known = ", ".join((*SYNTHETIC, "heldout", *SETS))
     raise ValueError(
       f"--suite={name}: neither a file nor a suite; use {known}, or the path "
       "of a .jsonl file"
@@ -201,11 +202,11 @@ def some_families(rows: Sequence[Row], count: int) -> list[Row]:
   """
   if not count or len(rows) <= count:
     return list(rows)
-  families = [row.get("family") or sources.family_of(row) for row in rows]
+  families = [row.get("family") or contract.family_of(row) for row in rows]
   sizes = collections.Counter(families)
   kept: set[str] = set()
   total = 0
-  for family in sorted(sizes, key=sources.hash_family):
+  for family in sorted(sizes, key=contract.hash_family):
     if total >= count:
       break
     kept.add(family)
