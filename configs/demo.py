@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 400
+  c.steps = 440
   c.batch_rows = 2
-  c.checkpoint_every = 100
+  c.checkpoint_every = 110
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   c.model.train_layers = 24
@@ -19,7 +19,7 @@ def get_config():
   # Pairs of specs teach a model to read its spec; see docs/decisions.md.
   c.loss.spec = 1.0
   c.loss.resp = 0.3
-  c.data.examples = 400
+  c.data.examples = 440
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
@@ -27,5 +27,5 @@ def get_config():
   # Which rule applies before how it is worded: mixed from the start, neither
   # is learnt in this time.
   c.data.first = "synthetic/presence"
-  c.data.first_families = 80
+  c.data.first_families = 36
   return c

@@ -25,5 +25,5 @@ def get_config():
   c.data.pairs = 48
   c.data.max_rules = 3
   c.data.first = "synthetic/presence"
-  c.data.first_families = 80
+  c.data.first_families = 40
   return c

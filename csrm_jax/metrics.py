@@ -14,12 +14,13 @@ import scipy.fft
 import scipy.sparse
 import scipy.special
 import scipy.stats
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 Vector = Float[np.ndarray, " n"]
 Weights = Float[np.ndarray, "*r n"]
 Numbers = np.ndarray | np.float64  # what has no axes becomes the latter
 Values = Float[Numbers, "*r"]
+Counts = Shaped[Numbers | np.int64, "*r"] | float | int
 
 
 def _weights(weight: np.ndarray | None, n: int) -> np.ndarray:
@@ -398,7 +399,7 @@ def spurious_flips(
 
 
 def wilson(
-  successes: Values, trials: Values, *, level: float = 0.95
+  successes: Counts, trials: Counts, *, level: float = 0.95
 ) -> tuple[Values, Values]:
   """Score interval of a proportion; (0, 1) where nothing was tried.
 

@@ -224,7 +224,14 @@ def _panel(
     elif name.startswith("endpoint:"):
       panel[name] = _endpoint(name)
     elif name not in judging.LEARNING:
-      panel[name] = judging.baseline(name)
+      try:
+        panel[name] = judging.baseline(name)
+      except ValueError as error:
+        known = ", ".join((*judging.NAMES, *judging.BASELINES))
+        raise ValueError(
+          f"--judges: {name!r} ({known}, hf:FOLDER, endpoint:MODEL@URL or a "
+          f"model to load): {error}"
+        ) from None
     elif train_rows:
       panel[name] = judging.baseline(name, contract.read_rows(train_rows))
     else:
