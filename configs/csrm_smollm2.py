@@ -10,7 +10,7 @@ from csrm_jax.config import default
 def get_config():
   c = default()
   c.steps = 100
-  c.batch_rows = 4
+  c.batch_rows = 2
   c.checkpoint_every = 25
   c.model.path = "smollm2"
   c.model.train_layers = 16

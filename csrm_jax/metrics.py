@@ -8,13 +8,14 @@ weights. A metric without anything to count is NaN.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.fft
 import scipy.sparse
 import scipy.special
 import scipy.stats
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 Vector = Float[np.ndarray, " n"]
 Weights = Float[np.ndarray, "*r n"]
@@ -33,15 +34,13 @@ def _divide(a: Numbers, b: Numbers) -> Numbers:
   return np.divide(a, b, out=np.full(a.shape, np.nan), where=b > 0)[()]
 
 
-def complies(
-  label: np.ndarray | float | int,
-) -> Bool[np.ndarray | np.bool_, "..."]:
-  """Gold verdict of a label, soft or not: True from 0.5 on."""
+def complies(label: np.ndarray | float | int) -> Any:
+  """Gold verdicts of labels, soft or not, as booleans: True from 0.5 on."""
   return np.asarray(label) >= 0.5
 
 
-def verdict(log_odds: np.ndarray | float) -> Bool[np.ndarray | np.bool_, "..."]:
-  """Verdict at probability 0.5: True = complies."""
+def verdict(log_odds: np.ndarray | float) -> Any:
+  """Verdicts at probability 0.5, as booleans: True = complies."""
   return np.asarray(log_odds) >= 0.0
 
 

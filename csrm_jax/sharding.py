@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("replica", "fsdp", "tensor")
@@ -33,6 +33,8 @@ _TABLE: tuple[tuple[str, P], ...] = (
   (r"(scale|head/kernel)$", P()),
 )
 
+AnyMesh = Mesh | AbstractMesh  # of devices, or of sizes alone
+
 
 def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
   """Mesh over all devices; one size may be -1 (what remains).
@@ -55,7 +57,7 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
   )
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:
   """Partition of the parameter at `path` (`upper/mlp/up/kernel`).
 
   Optimiser moments have their parameter's path as suffix, so the same table
@@ -79,7 +81,7 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: AnyMesh) -> Any:
   """A NamedSharding for each array (or shape) of parameters or a TrainState.
 
   Scalars (counters) are replicated.
@@ -97,12 +99,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
   """Rows are spread over replica and fsdp; a row stays whole."""
   return NamedSharding(mesh, P(("replica", "fsdp")))
 
 
-def check_rows(batch_rows: int, microbatches: int, mesh: Mesh) -> None:
+def check_rows(batch_rows: int, microbatches: int, mesh: AnyMesh) -> None:
   """Raises ValueError unless every micro-batch fills every data shard."""
   shards = mesh.shape["replica"] * mesh.shape["fsdp"]
   if microbatches < 1 or batch_rows % (shards * microbatches):

@@ -11,6 +11,7 @@ Params = dict[str, Any]  # nested dict of arrays, as `model.reward.init` makes
 # on the helpfulness readout, every other kind on the compliance readout.
 PAIR_KINDS = ("spec", "resp", "help", "severity")
 
+Indices = Int[Array | np.ndarray, "b l"]  # of tokens in rows
 Ints = Int[np.ndarray, "..."] | Int[Array, "..."]
 
 

@@ -1,6 +1,10 @@
 """Settings that every test shares."""
 
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Annotated shapes and types hold at run time, in every call of every test.
+install_import_hook("csrm_jax", "beartype.beartype")
 
 # Time is measured in benchmarks/, not here: a busy machine fails no test.
 settings.register_profile(

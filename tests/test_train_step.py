@@ -31,7 +31,8 @@ def ready(**changes):
 
 def test_verbaliser_learns_format_and_helpfulness():
   model, _, state = ready(head="verbaliser")
-  batch = packing.packed(6).batch  # every kind of pair
+  # Every kind of pair.
+  batch = jax.tree.map(jnp.asarray, packing.packed(6).batch)
   loss, terms, gradient = steps.loss_and_gradients(
     model, state.params, batch, weights=WEIGHTS
   )

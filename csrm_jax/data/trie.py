@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Bool
 
 from csrm_jax.types import PAIR_KINDS, Batch, Example, Pair, Segment
 
@@ -286,7 +287,7 @@ def _arrays(row: _Row, row_length: int, slots: int, pairs: int) -> Batch:
   return Batch(*leaves)
 
 
-def real_tokens(batch: Batch) -> np.ndarray:
+def real_tokens(batch: Batch) -> Bool[Array | np.ndarray, "b l"]:
   """Mask [b l] of the tokens that are not padding.
 
   A real token has a parent or children; only a sequence of a single token

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from csrm_jax.types import Indices
 
 # What the backward pass of "blocks" needs beside its inputs: a remat policy
 # that saves these names never runs the forward pass twice.
@@ -27,7 +29,7 @@ def attention(
   q: Float[Array, "b l h e"],
   k: Float[Array, "b l g e"],
   v: Float[Array, "b l g e"],
-  subtree_end: Int[Array, "b l"],
+  subtree_end: Indices,
   *,
   kind: str,
 ) -> Float[Array, "b l h e"]:
@@ -54,7 +56,7 @@ def attention(
   raise ValueError(f"attention kind {kind!r}: use 'dense' or 'blocks'")
 
 
-def visible(subtree_end: Int[Array, "b l"]) -> Bool[Array, "b l l"]:
+def visible(subtree_end: Indices) -> Bool[Array, "b l l"]:
   """The mask in full: [b, i, j] is true where token i sees token j."""
   i = jnp.arange(subtree_end.shape[1])
   return (i[None, :, None] >= i) & (i[None, :, None] < subtree_end[:, None, :])
@@ -64,7 +66,7 @@ def dense(
   q: Float[Array, "b l h e"],
   k: Float[Array, "b l g e"],
   v: Float[Array, "b l g e"],
-  subtree_end: Int[Array, "b l"],
+  subtree_end: Indices,
 ) -> Float[Array, "b l h e"]:
   """One masked L x L product; memory grows with the square of the row."""
   b, length, h, e = q.shape
@@ -83,7 +85,7 @@ def blocks(
   q: Float[Array, "b l h e"],
   k: Float[Array, "b l g e"],
   v: Float[Array, "b l g e"],
-  subtree_end: Int[Array, "b l"],
+  subtree_end: Indices,
   *,
   block: int = _BLOCK,
 ) -> Float[Array, "b l h e"]:
@@ -210,9 +212,7 @@ def _backward(block: int, saved: tuple[Array, ...], cotangent: Array):
 _blocks.defvjp(_forward, _backward)
 
 
-def reached_blocks(
-  subtree_end: Int[Array, "b l"], block: int
-) -> Bool[Array, "b c c"]:
+def reached_blocks(subtree_end: Indices, block: int) -> Bool[Array, "b c c"]:
   """[b, i, j]: whether a query of block i sees a key of block j."""
   b, length = subtree_end.shape
   count = length // block
@@ -224,7 +224,7 @@ def reached_blocks(
 
 
 def _over_tiles(
-  subtree_end: Int[Array, "b l"],
+  subtree_end: Indices,
   block: int,
   tile: Callable[..., Any],
   carry: Any,

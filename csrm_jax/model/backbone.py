@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from csrm_jax.model.attention import SAVED, attention
-from csrm_jax.types import Params
+from csrm_jax.types import Indices, Params
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 REMAT = ("none", "layer", "dots")
@@ -272,7 +272,7 @@ class Attention(nnx.Module):
     self,
     x: Float[Array, "m d"],
     rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
-    subtree_end: Int[Array, "b l"],
+    subtree_end: Indices,
     *,
     kind: str,
     lora_scale: float,
@@ -321,7 +321,7 @@ class Block(nnx.Module):
     self,
     x: Float[Array, "m d"],
     rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
-    subtree_end: Int[Array, "b l"],
+    subtree_end: Indices,
     *,
     kind: str,
     lora_scale: float,
@@ -367,8 +367,8 @@ def run_stack(
   architecture: Architecture,
   params: Params,
   x: Float[Array, "b l d"],
-  positions: Int[Array, "b l"],
-  subtree_end: Int[Array, "b l"],
+  positions: Indices,
+  subtree_end: Indices,
   *,
   kind: str,
   remat: str,
@@ -435,7 +435,7 @@ def rms_norm(
 
 
 def rope_table(
-  architecture: Architecture, positions: Int[Array, "b l"]
+  architecture: Architecture, positions: Indices
 ) -> tuple[Float[Array, "b l f"], Float[Array, "b l f"]]:
   """Cosines and sines of the rotary angles, f = head_dim / 2.
 

@@ -221,7 +221,7 @@ def _log(workdir: Path) -> Iterator[Any]:
   board = SummaryWriter(str(workdir / "tensorboard"))
   with (workdir / "metrics.jsonl").open("a") as out:
 
-    def log(line: dict[str, float]) -> None:
+    def log(line: dict[str, float | int]) -> None:
       out.write(json.dumps(line) + "\n")
       out.flush()
       for name, value in line.items():

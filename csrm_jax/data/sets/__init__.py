@@ -6,7 +6,7 @@ the file as a whole at most (how often which rule is broken), never on its
 order.
 """
 
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -130,10 +130,15 @@ def inputs(name: str, path: str | Path | None) -> list[Path]:
   return found
 
 
+def _file(make: Make) -> str:
+  # By module: a decorated function would name its decorator's file.
+  return str(sys.modules[make.__module__].__file__)
+
+
 def code_of(name: str) -> list[Path]:
   """Source files that the rows of a set depend on: its own, and shared ones."""
-  own = {inspect.getfile(found.make): key for key, found in SETS.items()}
-  mine = inspect.getfile(SETS[name].make)
+  own = {_file(found.make): key for key, found in SETS.items()}
+  mine = _file(SETS[name].make)
   here = Path(__file__).parent
   files = {str(p) for p in here.glob("*.py") if p.name != "__init__.py"}
   return sorted(map(Path, files - own.keys() | {mine}))

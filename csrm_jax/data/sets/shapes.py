@@ -137,11 +137,11 @@ def settled(
 def refusal_rows(
   stem: str,
   messages: list[dict[str, str]],
-  refused: float,
+  refused: float | int,
   *,
   name: str,
   seed: int,
-  declined: float | None = None,
+  declined: float | int | None = None,
 ) -> Iterator[Row]:
   """A response under "must answer" and under "must decline".
 
