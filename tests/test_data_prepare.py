@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from csrm_jax.config import default
-from csrm_jax.data import loader, prepare
+from csrm_jax.data import balance, loader, prepare
+from csrm_jax.data.operators import ONE_SIDED, OPERATORS
 from csrm_jax.types import PAIR_KINDS
 from tests import tiny
 
@@ -102,6 +103,28 @@ def test_prepared_folder_and_its_manifest(config, tmp_path):
   assert found == {
     "resp": train, "help": train, "spec": train, "severity": 3 * train,
   }  # fmt: skip
+
+
+def test_augmented_rows_are_described_in_the_manifest(config, tmp_path):
+  config.data.update(source="synthetic_augmented", path=None, examples=60)
+  config.data.update(row_length=4096, slots=256, pairs=512)
+  meta = prepare.prepare(config, tmp_path / "run", tiny.tokenizer())
+  found = meta["augmentation"]
+  counts = meta["counts"]
+  assert found["families"] == {
+    "train": counts["families_train"], "heldout": counts["families_heldout"]
+  }  # fmt: skip
+  held = [json.loads(t) for t in (tmp_path / "run" / "heldout.jsonl").open()]
+  assert len(held) + counts["rows_label"] + counts["rows_pair"] + counts[
+    "rows_spec_pair"
+  ] == sum(found["rows"].values())
+  low, high = balance.BAND
+  for name, (rows, share) in (
+    (op, (v["rows"], v["violating"])) for op, v in found["operators"].items()
+  ):
+    both = name in OPERATORS and name not in ONE_SIDED
+    if both and rows >= balance.LEAST:
+      assert low <= share <= high, name
 
 
 def test_heldout_is_a_matter_of_the_family_alone():

@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from csrm_jax.config import Config
-from csrm_jax.data import contract, sources, template
+from csrm_jax.data import balance, contract, sources, template
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
 from csrm_jax.spec import Spec
@@ -227,6 +227,7 @@ def prepare(
 
   heldout_families: set[str] = set()
   first_families: set[str] = set()
+  augmented: list[Mapping[str, Any]] = []
 
   def training() -> Iterator[Mapping[str, Any]]:
     rows = sources.load(
@@ -242,6 +243,8 @@ def prepare(
     )
     for row in rows:
       family = row["family"]
+      if row["source"] in sources.AUGMENTED:
+        augmented.append(row)
       if is_heldout(family, seed=config.seed, share=data.heldout):
         heldout_families.add(family)
         held.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -304,6 +307,11 @@ def prepare(
     ),
     "counts": dict(sorted(counts.items())),
   }
+  if augmented:
+    meta["augmentation"] = balance.manifest(
+      augmented,
+      split=lambda f: "heldout" if f in heldout_families else "train",
+    )
   (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from csrm_jax.data import synthetic
+from csrm_jax.data import augment_sources, synthetic
+from csrm_jax.data.augment import augment
+from csrm_jax.data.balance import balance
 from csrm_jax.data.contract import (
   Bad,
   Row,
@@ -17,7 +19,10 @@ from csrm_jax.data.contract import (
 from csrm_jax.data.sets import SETS, code_of, inputs
 
 MIXTURE = ("beavertails", "pku_pairs", "polyguard")
-NAMES = (*SETS, "synthetic", "jsonl")
+# Conversations under specs varied by the operators of `operators.py`.
+AUGMENTED = ("beavertails_augmented", "synthetic_augmented")
+NAMES = (*SETS, *AUGMENTED, "synthetic", "jsonl")
+DISTRACTORS = 12  # most rules that an operator adds for company
 SYNTHETIC_FAMILIES = 2000  # groups made where no limit is given
 # Bumped when equal files would give other rows.
 _VERSION = 1
@@ -39,7 +44,7 @@ def load(
 
   Args:
     source: "beavertails", "pku_pairs", "polyguard", "mixture" (these three),
-      "synthetic", "jsonl", or several joined by commas.
+      "synthetic", "jsonl", of `AUGMENTED`, or several joined by commas.
     path: folder of the real sets; for "jsonl" the file.
     seed: decides specs and wordings; a row's choices depend on nothing else
       but the row itself.
@@ -139,7 +144,43 @@ def _load_one(
         ".jsonl or .jsonl.gz file of contract rows; no such file"
       )
     return read_rows(path, on_bad_row=on_bad_row, quarantine=bad, counts=counts)
+  if name in AUGMENTED:
+    return _augmented(name, path, seed, limit, counts)
   return SETS[name].make(path, seed=seed, counts=counts)
+
+
+def _augmented(
+  name: str,
+  path: str | Path | None,
+  seed: int,
+  limit: int,
+  counts: dict[str, int],
+) -> Iterator[Row]:
+  """Annotated conversations through the operators and the balance."""
+  if name == "synthetic_augmented":
+    conversations = augment_sources.synthetic_annotated(
+      split="train", prompts=limit or SYNTHETIC_FAMILIES, seed=seed
+    )
+    taxonomy, never = augment_sources.synthetic_taxonomy("train"), ()
+  else:
+    conversations = augment_sources.beavertails_annotated(path)
+    taxonomy = augment_sources.beavertails_taxonomy()
+    never = augment_sources.BEAVERTAILS_NEVER
+  made: dict[str, int] = {}
+  rows, thinned = balance(
+    augment(
+      conversations,
+      [taxonomy],
+      seed=seed,
+      counts=made,
+      never=never,
+      distractors=DISTRACTORS,
+    )
+  )
+  for key, count in (made | thinned).items():
+    _count(counts, f"{name}_{key}", count)
+  for row in rows:
+    yield row | {"source": name}
 
 
 def _inputs(name: str, path: str | Path | None) -> list[Path]:
@@ -155,6 +196,11 @@ def _inputs(name: str, path: str | Path | None) -> list[Path]:
         ".jsonl or .jsonl.gz file of contract rows; no such file"
       )
     return [Path(path), *_spec_files(Path(path))]
+  if name in AUGMENTED:
+    names = ("annotated", "augment*", "balance", "edits*", "operators")
+    code = [p for n in names for p in sorted(here.glob(f"{n}.py"))]
+    base = name.removesuffix("_augmented")
+    return code + _inputs(base, path)
   return code_of(name) + inputs(name, path)
 
 
