@@ -1,7 +1,7 @@
-"""As the demo, with more groups, longer specs, more layers; 2 CPU cores.
+"""As the demo, with more groups; 2 CPU cores, one and a half to two hours.
 
-About two hours, reckoned from the demo's 2 to 3 s a step and not run to its
-end yet; stops and resumes at its checkpoints.
+Reckoned from the demo's 2.5 to 3 s a step; not run to its end yet. Stops and
+resumes at its checkpoints.
 """
 
 from csrm_jax.config import default
