@@ -1,7 +1,7 @@
 """SmolLM2-135M on real rows from --config.data.path. Cost: 2 CPU cores.
 
-6 to 7.5 s a step with little else running; over the first 100 steps the mean loss of
-20 steps fell from 1.59 to 1.29 (mixture, seed 0).
+6 to 7.5 s a step with little else running; over the first 100 steps the mean
+loss of 20 steps fell from 1.59 to 1.29 (mixture, seed 0).
 data.source: beavertails, pku_pairs, polyguard, or "mixture" for all three.
 """
 
