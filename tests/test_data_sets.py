@@ -3,7 +3,6 @@
 import collections
 import gzip
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -525,14 +524,6 @@ def test_moderation_makes_nothing_of_the_unknown(small):
 
 
 # -- The staged files -----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def staged():
-  folder = os.environ.get("CSRM_DATA")
-  if not folder or not pathlib.Path(folder).is_dir():
-    pytest.skip("CSRM_DATA names no folder of real sets")
-  return folder
 
 
 LEAST = {

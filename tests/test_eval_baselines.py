@@ -1,7 +1,6 @@
 """Baselines: words, embeddings, zero-shot and Hugging Face folders."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from csrm_jax.eval import baselines, judges
 from csrm_jax.export import huggingface
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_torch = pytest.mark.skipif(
   importlib.util.find_spec("torch") is None, reason="torch is not installed"
 )
@@ -21,20 +21,6 @@ needs_minilm = pytest.mark.skipif(
   or importlib.util.find_spec("torch") is None,
   reason=f"no embedding model; {baselines.MINILM}",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-  """On matrices this small torch's threads only wait for each other."""
-  if not importlib.util.find_spec("torch"):
-    yield
-    return
-  import torch
-
-  before = torch.get_num_threads()
-  torch.set_num_threads(1)
-  yield
-  torch.set_num_threads(before)
 
 
 def row(text: str, spec: str | None = "S1: Disallowed: x.", **more) -> dict:
@@ -376,15 +362,12 @@ def test_guard_compares_whole_words(tmp_path):
     assert one["spec"] in text and one["messages"][-1]["content"] in text
 
 
-def test_real_rows_can_be_judged():
-  folder = os.environ.get("CSRM_DATA")
-  if not folder or not Path(folder).is_dir():
-    pytest.skip("CSRM_DATA names no folder of real sets")
+def test_real_rows_can_be_judged(staged):
   from csrm_jax.data import sources
 
   rows = [
     r
-    for r in sources.load("beavertails", path=folder, seed=0, limit=80)
+    for r in sources.load("beavertails", path=staged, seed=0, limit=80)
     if "label" in r
   ]
   half = len(rows) // 2

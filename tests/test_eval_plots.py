@@ -15,13 +15,13 @@ from csrm_jax.eval import plots
 def drawn(monkeypatch):
   """Figures are kept open so that a test can look at them."""
   figures = []
-  save = plots._save
+  save = plots.save
 
   def keep(figure, path):
     monkeypatch.setattr(plt, "close", lambda f: figures.append(f))
     save(figure, path)
 
-  monkeypatch.setattr(plots, "_save", keep)
+  monkeypatch.setattr(plots, "save", keep)
   yield figures
   monkeypatch.undo()
   plt.close("all")

@@ -191,6 +191,36 @@ def test_tfidf_is_left_out_of_a_file_with_a_note(tmp_path):
   assert "--train_rows" in report["notes"][0]
 
 
+@pytest.mark.parametrize("of_file", [False, True])
+def test_probes_of_a_suite_by_name_and_by_file(of_file, tmp_path):
+  name = SUITE
+  if of_file:
+    name = str(tmp_path / "rows.jsonl")
+    rows = synthetic.suite(SUITE, size=SIZE)
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+  def judge(rows):
+    return np.array([len(str(row.get("spec"))) % 7 - 3.0 for row in rows])
+
+  report = run.evaluate(
+    judge,
+    name,
+    output=tmp_path / "out" / "report.json",
+    judge_names=["csrm", "always_safe"],
+    rows=SIZE,
+    probe=12,
+    bootstrap=5,
+  )
+  for part in ("sensitivity", "failures"):
+    assert set(report[part][name]) == {"csrm", "always_safe"}
+  assert report["failures"][name]["csrm"]["spec_ignored"]["n"] > 0
+  stem = Path(name).stem
+  assert (tmp_path / "out" / stem / "sensitivity.png").is_file()
+  page = (tmp_path / "out" / "report.html").read_text()
+  assert f"Failure checks: {name}, csrm" in page
+  assert f"failure checks: {name}, always_safe" in run.table(report)
+
+
 @pytest.mark.parametrize(
   ("names", "judges", "message"),
   [

@@ -19,6 +19,7 @@ from csrm_jax.export import card, huggingface
 from csrm_jax.model import lora
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 SPEC = "S1: Refunds. Disallowed: promises of a refund. <|im_end|>"
 CHATS = (
@@ -34,20 +35,6 @@ MESSAGES = [
   ]
   for chat in CHATS
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-  """On matrices this small torch's threads only wait for each other."""
-  if not importlib.util.find_spec("torch"):
-    yield
-    return
-  import torch
-
-  before = torch.get_num_threads()
-  torch.set_num_threads(1)
-  yield
-  torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

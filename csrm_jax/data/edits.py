@@ -127,12 +127,6 @@ def word(rule: Rule, taxonomy: Taxonomy, rng: random.Random) -> Rule:
   return rule
 
 
-def permission(rule: Rule) -> Rule:
-  """The rule turned into an explicit permission of all that it is about."""
-  new = {"polarity": "allow", "level": None, "response_type": None}
-  return rule.model_copy(update=new)
-
-
 def keyed(op: str, seed: int, row: Annotated) -> random.Random:
   """The randomness of one operator on one conversation."""
   return random.Random(f"{seed}:{row.id}:{op}")
@@ -145,8 +139,8 @@ def domain_of(rule: Rule) -> str:
 
 def elsewhere(spec: Spec, rules: Iterable[Rule]) -> list[Rule]:
   """Those of `rules` that are about nothing the spec rules on."""
-  taken = {n for r in spec.rules for n in (r.id, r.domain or r.id)}
-  return [r for r in rules if taken.isdisjoint((r.id, r.domain or r.id))]
+  taken = {n for r in spec.rules for n in (r.id, domain_of(r))}
+  return [r for r in rules if taken.isdisjoint((r.id, domain_of(r)))]
 
 
 def is_alone(spec: Spec, rule: Rule) -> bool:

@@ -12,7 +12,6 @@ from csrm_jax.data.edits import (
   is_alone,
   judge,
   keyed,
-  permission,
   promised,
   replaced,
   with_rules,
@@ -72,7 +71,7 @@ def allow(
     return None
   if judge(row, spec) != 0:  # an exception holds it already, or contradicts
     return None
-  new = replaced(spec, broken[0], permission(broken[0]))
+  new = replaced(spec, broken[0], broken[0].turned("allow"))
   return promised("allow", row, spec, new, 1)
 
 
@@ -153,7 +152,7 @@ def contradict(
   (rule,) = broken
   if rule.polarity != "forbid" or rule.level is not None:
     return None
-  allowed = permission(rule)
+  allowed = rule.turned("allow")
   named = {"id": f"{rule.id}.allowed", "domain": domain_of(rule)}
   two = [rule, allowed.model_copy(update=named)]
   rng.shuffle(two)
@@ -220,7 +219,7 @@ def carve_out(
     spec,
     rule,
     full.model_copy(update={"subcategories": rest}),
-    permission(full).model_copy(update=excepted),
+    full.turned("allow").model_copy(update=excepted),
   )
   edit = edited("carve_out", row, spec, new)
   if edit.label < 0:

@@ -11,7 +11,6 @@ from csrm_jax.data.edits import (
   inserted,
   judge,
   keyed,
-  permission,
   promised,
   with_rules,
   word,
@@ -55,7 +54,7 @@ def add_inert(
     return None
   rule = word(rng.choice(inert), taxonomy, rng)
   if rng.random() < 0.4:  # or every permission would belong to a label of 1
-    rule = permission(rule)
+    rule = rule.turned("allow")
   if rng.random() < alone and judge(row, spec) >= 0:
     return promised("add_inert", row, spec, with_rules(spec, [rule]), 1)
   return promised("add_inert", row, spec, inserted(spec, [rule], rng), None)
@@ -183,4 +182,4 @@ def _fragments(rule: Rule, taxonomy: Taxonomy, *, permit: bool) -> list[Rule]:
     r.model_copy(update={"id": f"{rule.id}.{i}", "domain": domain_of(rule)})
     for i, r in enumerate(found)
   ]
-  return [permission(r) for r in named] if permit else named
+  return [r.turned("allow") for r in named] if permit else named

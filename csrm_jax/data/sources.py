@@ -43,8 +43,8 @@ def load(
   """Contract rows of named sets, each with `family` and `source`.
 
   Args:
-    source: "beavertails", "pku_pairs", "polyguard", "mixture" (these three),
-      "synthetic", "jsonl", of `AUGMENTED`, or several joined by commas.
+    source: of `NAMES`, "mixture" (those of `MIXTURE`), or several joined by
+      commas.
     path: folder of the real sets; for "jsonl" the file.
     seed: decides specs and wordings; a row's choices depend on nothing else
       but the row itself.

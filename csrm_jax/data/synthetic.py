@@ -11,7 +11,7 @@ conversations, so neither predicts the label alone.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from csrm_jax.data.domains import pool
@@ -143,42 +143,48 @@ def suite(name: str, *, size: int = 400, seed: int = 0) -> list[Row]:
   Raises:
     ValueError: if the name is unknown.
   """
+  out: list[Row] = []
+  for family, made, i in suite_conversations(name, size=size, seed=seed):
+    out += _judged(made, i, family)
+  return out
+
+
+def suite_conversations(
+  name: str, *, size: int, seed: int
+) -> Iterator[tuple[str, Group, int]]:
+  """(family, group, number of a conversation in it) of a suite, in order.
+
+  Each stands for as many rows as its group has specs; see `suite`.
+  """
   splits = {"synthetic_seen": "seen", "synthetic_unseen": "unseen"}
   if name not in splits:
     raise ValueError(f"suite {name!r}: must be one of {', '.join(splits)}")
   source = pool(splits[name])
-  out: list[Row] = []
-  index = 0
-  while len(out) < size:
+  rows = index = 0
+  while rows < size:
     rng = random.Random(f"suite/{name}/{seed}/{index}")
     family = f"{name}-{seed}-{index}"
     index += 1
     edits = [None] * rng.choice((1, 2))
     made = group(rng, source, max_rules=3, edits=edits)
-    texts = [v.spec.render() for v in made.versions]
-    for i, conversation in enumerate(made.conversations):
-      if len(out) + len(texts) > size and out:
-        return out
-      out += _judged(made, i, conversation, texts, family)
-  return out
+    for i in range(len(made.conversations)):
+      if rows and rows + len(made.versions) > size:
+        return
+      rows += len(made.versions)
+      yield family, made, i
 
 
-def _judged(
-  made: Group,
-  i: int,
-  conversation: Conversation,
-  texts: Sequence[str],
-  family: str,
-) -> list[Row]:
+def _judged(made: Group, i: int, family: str) -> list[Row]:
+  conversation = made.conversations[i]
   base_id = f"{family}/{i}/0"
   out: list[Row] = []
-  for j, (version, text) in enumerate(zip(made.versions, texts, strict=True)):
+  for j, version in enumerate(made.versions):
     row: Row = {
       "id": f"{family}/{i}/{j}",
       "messages": conversation.turns(),
       "label": truth(version.spec, conversation),
       "severity": conversation.severity,
-      "spec": text,
+      "spec": version.spec.render(),
       "family": family,
       "source": f"{family.rsplit('-', 2)[0]}/{made.kind}",
       "edit": "base",

@@ -167,7 +167,7 @@ def fit_to(
     )
     return _shorten(tokenizer, messages, text, max_tokens, cut)
   cut["messages"] = history
-  order = [] if spec is None else _by_relevance(spec.lines(), messages)
+  order = [] if spec is None else by_relevance(spec.lines(), messages)
   if spec is None or len(order) < 2:
     raise ValueError(_too_long(len(without(history)), max_tokens))
 
@@ -222,7 +222,7 @@ def _words(text: str) -> list[str]:
   return re.findall(r"\w+", text.lower())
 
 
-def _by_relevance(
+def by_relevance(
   rules: Sequence[str], messages: Sequence[Message]
 ) -> list[int]:
   """Indices of rules, least relevant first; of equals the later goes first."""

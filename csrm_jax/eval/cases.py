@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from csrm_jax.data import groups
-from csrm_jax.data.domains import AKIN, Domain, pool, world
+from csrm_jax.data.domains import AKIN, Domain, world
+from csrm_jax.data.synthetic import suite_conversations
 from csrm_jax.eval.baselines import Row
 from csrm_jax.spec import Rule, Spec
 
 Messages = Sequence[Mapping[str, str]]
 
-_SPLITS = {"synthetic_seen": "seen", "synthetic_unseen": "unseen"}
 _POLARITIES = ("forbid", "allow")
 # The same meaning in other words of the renderer.
 _FRAME = {
@@ -62,24 +62,16 @@ def synthetic(name: str, *, size: int = 400, seed: int = 0) -> list[Case]:
   Raises:
     ValueError: unknown name.
   """
-  if name not in _SPLITS:
-    raise ValueError(f"suite {name!r}: must be one of {', '.join(_SPLITS)}")
-  source, out, index = pool(_SPLITS[name]), [], 0
-  while True:
-    rng = random.Random(f"suite/{name}/{seed}/{index}")
-    family = f"{name}-{seed}-{index}"
-    edits = [None] * rng.choice((1, 2))
-    made = groups.group(rng, source, max_rules=3, edits=edits)
-    index += 1
-    for i, conversation in enumerate(made.conversations):
-      if len(out) >= size or (out and len(out) + len(made.versions) > size):
-        return out
-      out += _of_group(made, i, conversation, family)
+  out: list[Case] = []
+  found = suite_conversations(name, size=size, seed=seed)
+  for family, made, i in found:
+    out += _of_group(made, i, family)
+  return out
 
 
-def _of_group(
-  made: groups.Group, i: int, conversation: groups.Conversation, family: str
-) -> list[Case]:
+def _of_group(made: groups.Group, i: int, family: str) -> list[Case]:
+  conversation = made.conversations[i]
+
   def truth(spec: Spec) -> int:
     try:
       return groups.truth(spec, conversation)
@@ -168,14 +160,14 @@ def ordered(spec: Spec, order: Sequence[int]) -> Spec:
 def allowing(spec: Spec, index: int) -> Spec:
   """One rule turned into an explicit permission of what it forbids."""
   rules = list(spec.rules)
-  rules[index] = _turned(rules[index], "allow")
+  rules[index] = rules[index].turned("allow")
   return spec.model_copy(update={"rules": tuple(rules)})
 
 
 def contradicting(spec: Spec, index: int, *, first: bool) -> Spec:
   """One rule beside its own permission, which stands before it or after."""
   rules = list(spec.rules)
-  allow = _turned(rules[index], "allow")
+  allow = rules[index].turned("allow")
   allow = allow.model_copy(update={"id": rules[index].id + ".allowed"})
   rules.insert(index if first else index + 1, allow)
   return spec.model_copy(update={"rules": tuple(rules)})
@@ -184,15 +176,10 @@ def contradicting(spec: Spec, index: int, *, first: bool) -> Spec:
 def inverted(spec: Spec) -> Spec:
   """Everything forbidden is allowed, everything allowed or required is not."""
   rules = (
-    _turned(r, "allow" if r.polarity == "forbid" else "forbid")
+    r.turned("allow" if r.polarity == "forbid" else "forbid")
     for r in spec.rules
   )
   return spec.model_copy(update={"rules": tuple(rules)})
-
-
-def _turned(rule: Rule, polarity: str) -> Rule:
-  update = {"polarity": polarity, "level": None, "response_type": None}
-  return rule.model_copy(update=update)
 
 
 def reframed(spec: Spec) -> Spec:

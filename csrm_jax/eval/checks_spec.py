@@ -4,7 +4,6 @@ Each check takes a judge and cases and returns a `Result` of plain values. Pass
 marks are this project's own.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -19,6 +18,7 @@ from csrm_jax.eval.judges import spec_shuffled
 from csrm_jax.eval.measured import (
   ask,
   bases,
+  keyed,
   labels,
   mean,
   measured,
@@ -72,10 +72,6 @@ def result(found: Mapping[str, Any], name: str, mark: str) -> Result:
     "interval": found["intervals"].get(name),
     "also": also,
   }
-
-
-def _random(seed: int, *names: object) -> random.Random:
-  return random.Random("/".join(map(str, (seed, *names))))
 
 
 def spec_ignored(judge: Judge, cases: Sequence[Case], **how: Any) -> Result:
@@ -132,7 +128,7 @@ def odd_rules(judge: Judge, cases: Sequence[Case], **how: Any) -> Result:
   known = [c for c in cases if c.truth is not None]
   specs = [
     editing.distracted(
-      c, 1, _random(how.get("seed", 0), "odd", c.id), polarity="forbid"
+      c, 1, keyed(how.get("seed", 0), "odd", c.id), polarity="forbid"
     )
     for c in known
   ]
@@ -174,7 +170,7 @@ def retrieval(judge: Judge, cases: Sequence[Case], **how: Any) -> Result:
   rows, families = [], []
   for case in cases:
     if gold := probes.decisive(case):
-      rng = _random(how.get("seed", 0), "retrieve", case.id)
+      rng = keyed(how.get("seed", 0), "retrieve", case.id)
       spec = editing.distracted(case, 80, rng)
       ids = [r.id for r in spec.rules]
       places = [ids.index(case.spec.rules[i].id) for i in gold]

@@ -14,13 +14,12 @@ from jaxtyping import Float
 
 from csrm_jax.data import template
 from csrm_jax.eval.chat import Answer, Endpoint, connect, in_order
-from csrm_jax.eval.judges import Judge, Row
+from csrm_jax.eval.judges import ALWAYS_UNSAFE, Judge, Row
 from csrm_jax.eval.suites import spec_text
 from csrm_jax.metrics import complies
 
-# Log-odds of a verdict that comes as a bare word, and of a wrong answer: the
-# confidence of `judges.always_unsafe`.
-CERTAIN = 10.0
+# Log-odds of a verdict that comes as a bare word, and of a wrong answer.
+CERTAIN = -ALWAYS_UNSAFE
 VERDICTS = ("safe", "unsafe")
 _FLOOR = -30.0  # nats; servers write -9999 for what is next to impossible
 _QUESTION = (

@@ -1,6 +1,7 @@
 """Questions to a judge, and what is counted over its answers."""
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,11 @@ from csrm_jax.eval.cases import Case, Messages
 from csrm_jax.spec import Spec
 
 Weights = Float[np.ndarray, "*r n"]
+
+
+def keyed(seed: int, *names: object) -> random.Random:
+  """The randomness of one edit of one case."""
+  return random.Random("/".join(map(str, (seed, *names))))
 
 
 def question(

@@ -17,7 +17,7 @@ from scipy.special import expit
 
 from csrm_jax import metrics
 
-_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9772b", "#8a8f98"
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9772b", "#8a8f98"
 _BINS = 15
 
 
@@ -62,19 +62,19 @@ def reliability(scored: Mapping[str, Scored], path: str | Path) -> None:
     mean = np.bincount(index, weights=p, minlength=_BINS)[used] / count[used]
     rate = gold[used] / count[used]
     low, high = metrics.wilson(gold[used], count[used])
-    top.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=":")
+    top.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     if s.temperature != 1.0:
       raw = expit(s.log_odds * s.temperature)
-      _curve(top, raw, s.label, color=_GREY, label="before calibration")
-    _curve(top, p, s.label, color=_ORANGE, label="smoothed")
+      _curve(top, raw, s.label, color=GREY, label="before calibration")
+    _curve(top, p, s.label, color=ORANGE, label="smoothed")
     top.errorbar(
       mean,
       rate,
       yerr=np.maximum([rate - low, high - rate], 0.0),
       fmt="o",
       ms=4,
-      color=_BLUE,
-      ecolor=_BLUE,
+      color=BLUE,
+      ecolor=BLUE,
       elinewidth=1,
       label=f"{_BINS} bins, 95 % Wilson",
     )
@@ -84,12 +84,12 @@ def reliability(scored: Mapping[str, Scored], path: str | Path) -> None:
       fontsize=10,
     )
     top.set(xlim=(0, 1), ylim=(0, 1))
-    bottom.hist(p, bins=_BINS, range=(0, 1), color=_BLUE, alpha=0.6)
+    bottom.hist(p, bins=_BINS, range=(0, 1), color=BLUE, alpha=0.6)
     bottom.set_xlabel("predicted probability of compliance")
   axes[0, 0].set_ylabel("share complying")
   axes[1, 0].set_ylabel("rows")
   axes[0, 0].legend(fontsize=8, loc="upper left", frameon=False)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _curve(axis: Axes, p, gold, *, color: str, **how: Any) -> None:
@@ -119,8 +119,8 @@ def flips(
   for (left, right), (name, suite) in zip(axes, suites.items(), strict=True):
     judges = list(suite["judges"])
     for offset, metric, color in (
-      (-0.2, "flip_recall", _BLUE),
-      (0.2, "spurious_flips", _ORANGE),
+      (-0.2, "flip_recall", BLUE),
+      (0.2, "spurious_flips", ORANGE),
     ):
       values, low, high = np.array(
         [_with_interval(suite["judges"][j], metric) for j in judges]
@@ -140,7 +140,7 @@ def flips(
     if name in scored:
       _by_edit(right, scored[name])
   axes[0, 0].legend(fontsize=8, frameon=False)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _with_interval(judge: Mapping[str, Any], metric: str) -> list[float]:
@@ -159,7 +159,7 @@ def _by_edit(axis: Axes, s: Scored) -> None:
   moved = said[edited] != said[origin]
   bars = []
   for name in sorted(set(names.tolist())):
-    for flips, hit, color in ((True, right, _BLUE), (False, moved, _ORANGE)):
+    for flips, hit, color in ((True, right, BLUE), (False, moved, ORANGE)):
       chosen = (names == name) & (flip == flips)
       if chosen.any():
         bars.append((name, int(hit[chosen].sum()), int(chosen.sum()), color))
@@ -205,9 +205,9 @@ def training(workdir: str | Path, path: str | Path) -> bool:
   speed = [line.get("tokens_per_second", np.nan) for line in lines]
   top.set_ylabel("nats (thick: moving average)")
   top.legend(fontsize=8, frameon=False)
-  bottom.plot(steps, speed, color=_GREY, lw=0.8)
+  bottom.plot(steps, speed, color=GREY, lw=0.8)
   bottom.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
-  _save(figure, path)
+  save(figure, path)
   return True
 
 
@@ -225,7 +225,7 @@ def _short(name: str) -> str:
   return Path(name).name
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
   for axis in figure.axes:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)

@@ -6,7 +6,6 @@ Numbers that could not be measured are left out.
 """
 
 import itertools
-import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from csrm_jax.eval.cases import Case
 from csrm_jax.eval.measured import (
   ask,
   bases,
+  keyed,
   labels,
   mean,
   measured,
@@ -44,10 +44,6 @@ class Attribution(NamedTuple):
   case: Case
   shift: Float[np.ndarray, " rules"]
   decisive: tuple[int, ...] | None
-
-
-def _random(seed: int, *names: object) -> random.Random:
-  return random.Random("/".join(map(str, (seed, *names))))
 
 
 def flips(
@@ -241,7 +237,7 @@ def distractors(
   rows = []
   for case in ruled:
     for count in counts:
-      rng = _random(seed, "distract", case.id, count)
+      rng = keyed(seed, "distract", case.id, count)
       rows.append(question(case, spec=editing.distracted(case, count, rng)))
   z = ask(judge, rows).reshape(-1, len(counts)).T
   gold = labels(ruled)
@@ -283,7 +279,7 @@ def paraphrase(
   for i, case in enumerate(cases):
     versions: list[tuple[str, Spec | None]] = [
       ("frame", editing.reframed(case.spec)),
-      ("rules", editing.reworded(case.spec, _random(seed, "word", case.id))),
+      ("rules", editing.reworded(case.spec, keyed(seed, "word", case.id))),
     ]
     for kind, spec in versions:
       if spec is not None and spec.render() != case.spec.render():

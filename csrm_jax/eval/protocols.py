@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from csrm_jax import metrics
 from csrm_jax.data import template
+from csrm_jax.data.sets import shapes
 from csrm_jax.eval.baselines import Judge, Row
 from csrm_jax.spec import Spec
 
@@ -58,7 +59,7 @@ def _judged(message: Mapping[str, str]) -> bool:
 
 def relevant(spec: Spec, messages: Sequence[Mapping[str, str]]) -> list[int]:
   """Numbers of the spec's lines, most relevant to the conversation first."""
-  return template._by_relevance(spec.lines(), messages)[::-1]
+  return template.by_relevance(spec.lines(), messages)[::-1]
 
 
 def top_rules(judge: Judge, *, count: int = TOP_RULES) -> Judge:
@@ -181,7 +182,7 @@ def pseudo_response(
         f" {str(row.get('prompt'))[:60]!r} ends with no user turn; give the"
         " user's text"
       )
-    answer = {"role": "assistant", "content": "Sure. " + prompt[-1]["content"]}
+    answer = shapes.pseudo(prompt[-1]["content"])[-1]
     kept = {k: v for k, v in row.items() if k != "prompt"}
     out.append({**kept, "messages": [*prompt, answer], "spec": text})
   return out

@@ -1,5 +1,6 @@
 """Evaluation: suites x judges to a report, rows, pictures, a page, a table."""
 
+import functools
 import json
 import os
 import resource
@@ -17,7 +18,8 @@ from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
 from csrm_jax.eval import endpoint, failures, html, plots, sensitivity, suites
 from csrm_jax.eval import judges as judging
-from csrm_jax.eval.judges import Judge
+from csrm_jax.eval.judges import Judge, Row
+from csrm_jax.eval.measured import remember
 from csrm_jax.eval.suites import Suite
 
 METRICS = (
@@ -97,6 +99,7 @@ def evaluate(
     raise ValueError(
       "--suite is empty; name suites or .jsonl files, joined by commas"
     )
+  _check_judges(judge_names)
   folder = None if callable(model) else Path(model)
   loaded = [
     suites.read(name, data=data, model=folder, rows=rows, seed=seed)
@@ -168,6 +171,18 @@ def open_model(model: str | Path | Judge) -> Model:
   return Model(judging.csrm(loaded), facts, loaded.temperature)
 
 
+def _check_judges(names: Sequence[str]) -> None:
+  """Refuses an unknown name before anything is loaded."""
+  known = (*judging.NAMES, *judging.BASELINES, "smollm2")
+  for name in names:
+    prefixed = name.startswith(("hf:", "endpoint:"))
+    if name not in known and not prefixed and not Path(name).exists():
+      raise ValueError(
+        f"--judges: {name!r}: no such judge; use {', '.join(known)}, "
+        "hf:FOLDER, endpoint:MODEL@URL or the folder of a model"
+      )
+
+
 def _probe(
   report: dict[str, Any],
   suite: Suite,
@@ -198,11 +213,18 @@ def _probe(
     "seed": seed,
   }
   for name, judge in panel.items():
-    key = f"{suite.name}, {name}"
-    report.setdefault("sensitivity", {})[key] = sensitivity.report(
-      judge, found, **how
-    )
-    report.setdefault("failures", {})[key] = failures.check(judge, found, **how)
+    told = remember(judge)  # report and checks ask much of the same
+    try:
+      moves = sensitivity.report(told, found, **how)
+      checks = failures.check(told, found, **how)
+    except ValueError as error:
+      report.setdefault("notes", []).append(
+        f"{suite.name}, {name}: not probed: {error}"
+      )
+      continue
+    for part, result in (("sensitivity", moves), ("failures", checks)):
+      by_suite = report.setdefault(part, {})
+      by_suite.setdefault(suite.name, {})[name] = result
 
 
 def _panel(
@@ -216,6 +238,13 @@ def _panel(
   """Judges by name, in the order asked for, and notes on those left out."""
   panel: dict[str, Judge] = {}
   notes: list[str] = []
+
+  @functools.cache
+  def training() -> list[Row]:
+    if train_rows:
+      return list(contract.read_rows(train_rows))
+    return list(suites.training_rows(folder))
+
   for name in names:
     if name == "csrm":
       panel[name] = entry.judge
@@ -224,16 +253,9 @@ def _panel(
     elif name.startswith("endpoint:"):
       panel[name] = _endpoint(name)
     elif name not in judging.LEARNING:
-      try:
-        panel[name] = judging.baseline(name)
-      except ValueError as error:
-        known = ", ".join((*judging.NAMES, *judging.BASELINES))
-        raise ValueError(
-          f"--judges: {name!r} ({known}, hf:FOLDER, endpoint:MODEL@URL or a "
-          f"model to load): {error}"
-        ) from None
+      panel[name] = judging.baseline(name)
     elif train_rows:
-      panel[name] = judging.baseline(name, contract.read_rows(train_rows))
+      panel[name] = judging.baseline(name, training())
     else:
       if suites.workdir_of(folder) is None and any(
         s.name not in suites.SYNTHETIC for s in loaded
@@ -244,8 +266,7 @@ def _panel(
         )
         continue
       try:
-        training = suites.training_rows(folder)
-        panel[name] = judging.baseline(name, training)
+        panel[name] = judging.baseline(name, training())
       except ValueError as error:
         notes.append(f"{name} left out: {error}")
   return panel, notes
@@ -441,23 +462,27 @@ def _write(
   if flipping:
     pictures["edits of specs"] = beside / "flips.png"
     plots.flips(flipping, scored, pictures["edits of specs"])
-  for whom, found in report.get("sensitivity", {}).items():
-    if whom.endswith(", csrm"):
-      drawn = sensitivity.draw(found, beside / whom.split(",")[0])
-      pictures |= {f"{whom}: {p.stem}": p for p in drawn}
+  for name, found in report.get("sensitivity", {}).items():
+    if "csrm" in found:  # a suite may be the path of a file
+      drawn = sensitivity.draw(found["csrm"], beside / Path(name).stem)
+      pictures |= {f"{name}: {p.stem}": p for p in drawn}
   if folder is not None:
     plots.training(suites.workdir_of(folder) or folder, beside / "training.png")
   html.write(
     output.with_suffix(".html"),
     report,
-    sensitivity=report.get("sensitivity"),
-    failures=report.get("failures"),
+    sensitivity=_by_suite_and_judge(report.get("sensitivity", {})),
+    failures=_by_suite_and_judge(report.get("failures", {})),
     pictures=pictures,
   )
   partial = output.with_name(output.name + ".partial")
   text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
   partial.write_text(text + "\n", encoding="utf-8")
   os.replace(partial, output)
+
+
+def _by_suite_and_judge(found: Mapping[str, Mapping[str, Any]]) -> dict:
+  return {f"{s}, {j}": r for s, by in found.items() for j, r in by.items()}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -483,7 +508,8 @@ def table(report: Mapping[str, Any]) -> str:
       cells = [f"{values[m]:.3f}" if m in values else "-" for m in shown]
       out.append(f"{judge:<15}" + "".join(f"{c:>12}" for c in cells))
     out.append("")
-  for whom, checks in report.get("failures", {}).items():
+  found = _by_suite_and_judge(report.get("failures", {}))
+  for whom, checks in found.items():
     out += [f"failure checks: {whom}", failures.table(checks), ""]
   out += [f"note: {note}" for note in report.get("notes", [])]
   out.append(

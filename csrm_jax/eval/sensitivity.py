@@ -31,7 +31,6 @@ _SHARES = (
   ("margins", "accuracy_spec", True),
   ("margins", "accuracy_resp", True),
 )
-_BLUE, _ORANGE, _GREY = plots._BLUE, plots._ORANGE, plots._GREY
 
 
 def report(
@@ -128,7 +127,7 @@ def summary(found: Mapping[str, Any], path: str | Path) -> bool:
     axis.barh(
       at,
       value,
-      color=_BLUE if good else _ORANGE,
+      color=plots.BLUE if good else plots.ORANGE,
       xerr=np.maximum([[value - low], [high - value]], 0.0),
       ecolor="black",
       capsize=2,
@@ -136,7 +135,7 @@ def summary(found: Mapping[str, Any], path: str | Path) -> bool:
   axis.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
   axis.set(xlim=(0, 1), title="blue should be 1, orange 0")
   axis.invert_yaxis()
-  plots._save(figure, path)
+  plots.save(figure, path)
   return True
 
 
@@ -151,7 +150,7 @@ def distractors(found: Mapping[str, Any], path: str | Path) -> bool:
   if not any(f"f1_unsafe_{k}" in probe for k in counts):
     return False
   figure, axis = plt.subplots(figsize=(6, 4))
-  for name, color in (("f1_unsafe", _BLUE), ("auroc", _ORANGE)):
+  for name, color in (("f1_unsafe", plots.BLUE), ("auroc", plots.ORANGE)):
     known = [k for k in counts if f"{name}_{k}" in probe]
     values = np.array([probe[f"{name}_{k}"] for k in known], np.float64)
     bounds = np.array(
@@ -165,14 +164,14 @@ def distractors(found: Mapping[str, Any], path: str | Path) -> bool:
     axis.fill_between(
       known, bounds[:, 0], bounds[:, 1], color=color, alpha=0.15, lw=0
     )
-  axis.axhline(0.5, color=_GREY, lw=1, ls=":")
+  axis.axhline(0.5, color=plots.GREY, lw=1, ls=":")
   axis.set(
     ylim=(0, 1),
     xlabel="irrelevant rules in the spec",
     title=f"distractors, {probe['n']} cases, 95 % bootstrap",
   )
   axis.legend(fontsize=8, frameon=False)
-  plots._save(figure, path)
+  plots.save(figure, path)
   return True
 
 
@@ -192,13 +191,13 @@ def histogram(found: Mapping[str, Any], path: str | Path) -> bool:
   )
   for axis, (kind, heights) in zip(axes[0], counts.items(), strict=True):
     middle = (edges[:-1] + edges[1:]) / 2
-    color = np.where(middle > 0, _BLUE, _ORANGE).tolist()
+    color = np.where(middle > 0, plots.BLUE, plots.ORANGE).tolist()
     axis.bar(middle, heights, np.diff(edges), color=color)
-    axis.axvline(0.0, color=_GREY, lw=1, ls=":")
+    axis.axvline(0.0, color=plots.GREY, lw=1, ls=":")
     axis.set(
       xlabel="log-odds, complying minus violating",
       ylabel="pairs",
       title=f"{kind} pairs: {probe[f'accuracy_{kind}']:.1%} in order",
     )
-  plots._save(figure, path)
+  plots.save(figure, path)
   return True
