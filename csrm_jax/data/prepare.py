@@ -227,7 +227,7 @@ def prepare(
 
   heldout_families: set[str] = set()
   first_families: set[str] = set()
-  augmented: list[Mapping[str, Any]] = []
+  augmented: list[contract.Row] = []
 
   def training() -> Iterator[Mapping[str, Any]]:
     rows = sources.load(
