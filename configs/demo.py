@@ -26,6 +26,5 @@ def get_config():
   c.data.max_rules = 3
   # Which rule applies before how it is worded: mixed from the start, neither
   # is learnt in this time.
-  c.data.first = "synthetic/presence"
-  c.data.first_families = 36
+  c.data.stages = "synthetic/presence:36"
   return c

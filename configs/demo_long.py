@@ -24,6 +24,5 @@ def get_config():
   c.data.slots = 24
   c.data.pairs = 48
   c.data.max_rules = 3
-  c.data.first = "synthetic/presence"
-  c.data.first_families = 40
+  c.data.stages = "synthetic/presence:40"
   return c

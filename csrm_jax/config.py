@@ -67,9 +67,9 @@ def default() -> Config:
   d.path = placeholder(str)  # folder of the real sets, or a .jsonl file
   d.prepared = placeholder(str)  # named folder of prepared rows, read only
   d.examples = 0  # families kept per source; 0: all (synthetic: its own size)
-  d.first = ""  # families of this source are trained on first, once, before
-  #               the shuffled rest: "synthetic/presence"
-  d.first_families = 0  # at most so many of them
+  d.stages = ""  # curriculum ahead of the shuffled rest, each stage played
+  #                once: "sources:families" joined by ";", say
+  #                "synthetic/presence:36;synthetic/presence,synthetic/swap:60"
   d.heldout = 0.1  # share of families kept from training (calibration, eval)
   d.row_length = 1024  # tokens
   d.slots = 64  # readouts in a row

@@ -1,5 +1,6 @@
 import json
 
+import grain
 import numpy as np
 import pytest
 
@@ -179,21 +180,53 @@ def test_response_too_long_is_an_error_or_put_aside(config, tmp_path):
   assert json.loads(line)["row"]["id"] == "long"
 
 
-def test_loader_plays_named_rows_first_then_epochs(config, tmp_path):
+def _stored(folder, meta):
+  """Token bytes of each record, in the order of the file."""
+  dtype = prepare.row_dtype(**meta["shape"])
+  source = grain.sources.ArrayRecordDataSource(
+    str(folder / "train.array_record")
+  )
+  return [np.frombuffer(r, dtype)[0]["tokens"].tobytes() for r in source]
+
+
+@pytest.mark.parametrize("text", ["jsonl", ":3", "jsonl:0", "jsonl:x", "a:1;b"])
+def test_a_stage_without_sources_or_number_is_refused(config, tmp_path, text):
+  config.data.stages = text
+  with pytest.raises(ValueError, match="is no stage"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+
+
+def test_stages_that_take_every_family_leave_the_last_to_repeat(
+  config, tmp_path
+):
+  config.data.heldout = 0.0
+  config.data.stages = "jsonl:3;jsonl:1000"
+  folder = prepare.ensure(config, tmp_path / "run", tiny.tokenizer())
+  meta = prepare.read_meta(folder)
+  assert meta["stage_families"][2] == 0 and len(meta["stage_rows"]) == 1
+  rows = loader.open_rows(folder, seed=0)
+  assert rows(3 * meta["rows"]).tokens.size
+
+
+def test_loader_plays_the_stages_first_then_epochs(config, tmp_path):
   tokenizer = tiny.tokenizer()
   config.data.heldout = 0.0
   config.data.row_length = 384
-  config.data.first = "jsonl"
-  config.data.first_families = 3
+  config.data.stages = "jsonl:3; jsonl,other:2"
   folder = prepare.ensure(config, tmp_path / "run", tokenizer)
   meta = prepare.read_meta(folder)
-  first, number = meta["first_rows"], meta["rows"]
-  assert 0 < first < number and meta["counts"]["families_first"] == 3
+  assert meta["stage_families"][:2] == [3, 2] and meta["stage_families"][2]
+  first, number = sum(meta["stage_rows"]), meta["rows"]
+  assert 0 < meta["stage_rows"][0] < first < number
   rows = loader.open_rows(folder, seed=3)
 
   def keys(start, stop):
     return [rows(i).tokens.tobytes() for i in range(start, stop)]
 
+  one, two = meta["stage_rows"]
+  stored = _stored(folder, meta)
+  assert sorted(keys(0, one)) == sorted(stored[:one])
+  assert sorted(keys(one, one + two)) == sorted(stored[one:first])
   rest = number - first
   epochs = [keys(first + e * rest, first + (e + 1) * rest) for e in range(3)]
   assert all(sorted(e) == sorted(epochs[0]) for e in epochs)

@@ -1,5 +1,7 @@
 """Batch k of a training run: a pure function of (rows, seed, k, batch size)."""
 
+import bisect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ Rows = Callable[[int], Batch]
 def open_rows(folder: str | Path, *, seed: int) -> Rows:
   """Prepared rows without end: row i of a run as a function of i.
 
-  The rows that `data.first` put in front come first, once; the others follow
-  in a new random order each epoch. A row is a `Batch` without the row axis
-  (NumPy).
+  The stages of `data.stages` come first, each once and shuffled in itself; the
+  other rows follow in a new random order each epoch. A row is a `Batch` without
+  the row axis (NumPy).
 
   Raises:
     ValueError: no prepared rows in `folder`, or fewer than the manifest says.
@@ -34,13 +36,21 @@ def open_rows(folder: str | Path, *, seed: int) -> Rows:
       "file was cut or replaced: prepare again"
     )
   dtype = row_dtype(**meta["shape"])
-  leading = meta["first_rows"]
   records = grain.MapDataset.source(source)
-  first = records[:leading].shuffle(seed=seed % 2**32) if leading else records
-  rest = records[leading:].shuffle(seed=seed % 2**32).repeat()
+  seed %= 2**32
+  ends = list(itertools.accumulate(meta["stage_rows"], initial=0))
+  stages = [
+    records[start:end].shuffle(seed=seed)
+    for start, end in itertools.pairwise(ends)
+  ]
+  rest = records[ends[-1] :].shuffle(seed=seed).repeat()
 
   def row(index: int) -> Batch:
-    record: Any = first[index] if index < leading else rest[index - leading]
+    if index < ends[-1]:
+      stage = bisect.bisect_right(ends, index) - 1
+      record: Any = stages[stage][index - ends[stage]]
+    else:
+      record = rest[index - ends[-1]]
     fields = np.frombuffer(record, dtype)[0]
     return Batch(*(fields[name] for name in Batch._fields))
 

@@ -5,6 +5,7 @@ A prepared folder holds `train.array_record` (one packed row a record),
 calibration and evaluation) and `meta.json`.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -199,6 +200,42 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
+@dataclasses.dataclass
+class Stage:
+  """A stage of `data.stages`: which sources, and room for how many families."""
+
+  sources: frozenset[str]
+  room: int
+
+
+def parse_stages(text: str) -> list[Stage]:
+  """Stages out of "source,source:families;source:families".
+
+  Raises:
+    ValueError: a stage without sources, or without a positive number.
+  """
+  stages = []
+  for part in filter(None, (p.strip() for p in text.split(";"))):
+    names, _, number = part.rpartition(":")
+    sources = frozenset(filter(None, (n.strip() for n in names.split(","))))
+    if not sources or not number.strip().isdecimal() or int(number) < 1:
+      raise ValueError(
+        f"--config.data.stages={text}: {part!r} is no stage; write "
+        "source,source:families, for example synthetic/presence:36"
+      )
+    stages.append(Stage(sources, int(number)))
+  return stages
+
+
+def _stage(stages: list[Stage], source: str) -> int:
+  """Number of the first stage with room for a family of `source`; else last."""
+  for i, stage in enumerate(stages):
+    if stage.room and source in stage.sources:
+      stage.room -= 1
+      return i
+  return len(stages)
+
+
 def prepare(
   config: Config, folder: str | Path, tokenizer: Tokenizer
 ) -> dict[str, Any]:
@@ -212,6 +249,7 @@ def prepare(
   """
   folder = Path(folder)
   data = config.data
+  stages = parse_stages(data.stages)
   partial = folder.with_name(folder.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
@@ -226,7 +264,7 @@ def prepare(
       out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
   heldout_families: set[str] = set()
-  first_families: set[str] = set()
+  placed: dict[str, int] = {}  # family: its stage
   augmented: list[contract.Row] = []
 
   def training() -> Iterator[Mapping[str, Any]]:
@@ -249,10 +287,8 @@ def prepare(
         heldout_families.add(family)
         held.write(json.dumps(row, ensure_ascii=False) + "\n")
       else:
-        if row["source"] == data.first and (
-          len(first_families) < data.first_families
-        ):
-          first_families.add(family)
+        if family not in placed:
+          placed[family] = _stage(stages, row["source"])
         yield row
 
   made = examples(
@@ -271,10 +307,10 @@ def prepare(
   counts["families_heldout"] = len(heldout_families)
   counts["families_train"] = len(made)
   shape = {k: data[k] for k in ("row_length", "slots", "pairs")}
-  counts["families_first"] = len(first_families)
-  first = [x for x in made if x.id in first_families]
-  rest = [x for x in made if x.id not in first_families]
-  packed = [pack(part, **shape) for part in (first, rest) if part]
+  parts = [
+    [x for x in made if placed[x.id] == i] for i in range(len(stages) + 1)
+  ]
+  packed = [pack(part, **shape) for part in parts if part]
   for part in packed:
     for name, n in part.counts.items():
       counts[name] = counts.get(name, 0) + n
@@ -301,7 +337,8 @@ def prepare(
     "seed": config.seed,
     "shape": shape,
     "rows": number,
-    "first_rows": len(packed[0].where) if first and rest else 0,
+    "stage_rows": [len(part.where) for part in packed[:-1]],
+    "stage_families": [len(part) for part in parts],
     "label_balance": float(
       np.sum(records["label"] * weight) / max(float(np.sum(weight)), 1e-9)
     ),
