@@ -38,7 +38,8 @@ def default() -> Config:
   m.lora_rank = 0  # 0: full fine-tuning of the trained layers
   m.lora_alpha = 16.0
   m.remat = "layer"  # "none" | "layer" | "dots"
-  m.dtype = "auto"  # compute: "auto" = float32 on CPU, bfloat16 elsewhere
+  m.dtype = "auto"  # compute: "float32" | "bfloat16" | "mixed" (see
+  #                  reward.py); auto = float32 on CPU, bfloat16 elsewhere
   m.attention = "auto"  # "dense" | "blocks"; auto = blocks on CPU
 
   c.optimizer = o = ConfigDict()

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from csrm_jax.model import pretrained
-from csrm_jax.model.backbone import Architecture, init_stack, run_stack
+from csrm_jax.model.backbone import (
+  Architecture,
+  init_stack,
+  mixed_matmul,
+  run_stack,
+)
 from csrm_jax.model.reward import RewardModel
 from tests import rows
 
@@ -232,10 +237,11 @@ def test_unknown_remat_is_refused(tiny):
     _grad(tiny, params, remat="full")
 
 
-def test_bfloat16_stays_close(tiny):
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_lower_precision_stays_close(tiny, dtype):
   model = RewardModel(tiny, safe_ids=(3,), unsafe_ids=(5,))
   params = jax.jit(model.init)(jax.random.key(0))
-  low = dataclasses.replace(model, dtype="bfloat16")
+  low = dataclasses.replace(model, dtype=dtype)
   batch = rows.plain([[3, 1, 4, 1, 5]])
 
   got, expected = (jax.jit(m.apply)(params, batch) for m in (low, model))
@@ -243,3 +249,20 @@ def test_bfloat16_stays_close(tiny):
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, expected, atol=0.05 * np.ptp(expected))
   assert not np.array_equal(got, expected)
+
+
+def test_mixed_matmul_rounds_operands_alone():
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, w, dy = (jax.random.normal(k, (48, 48)) for k in keys)
+  rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]
+
+  y, vjp = jax.vjp(mixed_matmul, x, w)
+  dx, dw = vjp(dy)
+
+  assert y.dtype == dx.dtype == dw.dtype == jnp.float32
+  np.testing.assert_allclose(y, rounded[0] @ rounded[1], rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(
+    dx, rounded[2] @ rounded[1].T, rtol=1e-5, atol=1e-4
+  )
+  exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
+  np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-4)

@@ -221,10 +221,46 @@ def _read_sliding_window(config: dict[str, Any]) -> int:
   return window if "sliding_attention" in kinds else 0
 
 
+@jax.custom_vjp
+def mixed_matmul(
+  x: Float[Array, "m i"], kernel: Float[Array, "i o"]
+) -> Float[Array, "m o"]:
+  """x W of float32 arrays with bfloat16 operands and float32 sums.
+
+  The gradient of W keeps float32 operands: it is a sum over tokens, and CPUs
+  have no fast bfloat16 kernel for it.
+  """
+  return _bfloat16_dot(x, kernel, ((1,), (0,)))
+
+
+def _bfloat16_dot(a: Array, b: Array, axes: Any) -> Array:
+  return jax.lax.dot_general(
+    a.astype(jnp.bfloat16),
+    b.astype(jnp.bfloat16),
+    (axes, ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _mixed_forward(x: Array, kernel: Array) -> Any:
+  return mixed_matmul(x, kernel), (x, kernel)
+
+
+def _mixed_backward(saved: tuple[Array, Array], dy: Array) -> Any:
+  x, kernel = saved
+  return _bfloat16_dot(dy, kernel, ((1,), (1,))), x.T @ dy
+
+
+mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
+
+
 class Linear(nnx.Module):
   """y = x W + b, plus the low-rank update (x A) B where a rank is given."""
 
-  def __init__(self, ins: int, outs: int, *, bias: bool, rank: int):
+  def __init__(
+    self, ins: int, outs: int, *, bias: bool, rank: int, mixed: bool
+  ):
+    self.matmul = mixed_matmul if mixed else jnp.matmul
     self.kernel = nnx.Param(jnp.zeros((ins, outs)))  # filled by init_stack
     self.bias = nnx.Param(jnp.zeros(outs)) if bias else None
     self.lora_a = nnx.Param(jnp.zeros((ins, rank))) if rank else None
@@ -233,7 +269,7 @@ class Linear(nnx.Module):
   def __call__(
     self, x: Float[Array, "m i"], *, lora_scale: float
   ) -> Float[Array, "m o"]:
-    y = x @ self.kernel[...].astype(x.dtype)
+    y = self.matmul(x, self.kernel[...].astype(x.dtype))
     if self.bias is not None:
       y = y + self.bias[...].astype(x.dtype)
     if self.lora_a is not None and self.lora_b is not None:
@@ -256,15 +292,15 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions over token tries."""
 
-  def __init__(self, arch: Architecture, *, rank: int):
+  def __init__(self, arch: Architecture, *, rank: int, mixed: bool):
     self.arch = arch
     d, e = arch.width, arch.head_dim
     q, kv = arch.heads * e, arch.kv_heads * e
     bias = arch.qkv_bias
-    self.query = Linear(d, q, bias=bias, rank=rank)
-    self.key = Linear(d, kv, bias=bias, rank=rank)
-    self.value = Linear(d, kv, bias=bias, rank=rank)
-    self.out = Linear(q, d, bias=arch.out_bias, rank=rank)
+    self.query = Linear(d, q, bias=bias, rank=rank, mixed=mixed)
+    self.key = Linear(d, kv, bias=bias, rank=rank, mixed=mixed)
+    self.value = Linear(d, kv, bias=bias, rank=rank, mixed=mixed)
+    self.out = Linear(q, d, bias=arch.out_bias, rank=rank, mixed=mixed)
     self.query_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
     self.key_norm = RMSNorm(e, eps=arch.norm_eps) if arch.qk_norm else None
 
@@ -294,11 +330,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """SwiGLU: down(silu(gate x) * up x)."""
 
-  def __init__(self, arch: Architecture, *, rank: int):
+  def __init__(self, arch: Architecture, *, rank: int, mixed: bool):
     d, f = arch.width, arch.ffn
-    self.gate = Linear(d, f, bias=False, rank=rank)
-    self.up = Linear(d, f, bias=False, rank=rank)
-    self.down = Linear(f, d, bias=False, rank=rank)
+    self.gate = Linear(d, f, bias=False, rank=rank, mixed=mixed)
+    self.up = Linear(d, f, bias=False, rank=rank, mixed=mixed)
+    self.down = Linear(f, d, bias=False, rank=rank, mixed=mixed)
 
   def __call__(
     self, x: Float[Array, "m d"], *, lora_scale: float
@@ -311,11 +347,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """One pre-norm layer: attention, then MLP, each with a residual."""
 
-  def __init__(self, arch: Architecture, *, rank: int = 0):
+  def __init__(self, arch: Architecture, *, rank: int = 0, mixed: bool = False):
     self.attention_norm = RMSNorm(arch.width, eps=arch.norm_eps)
-    self.attention = Attention(arch, rank=rank)
+    self.attention = Attention(arch, rank=rank, mixed=mixed)
     self.mlp_norm = RMSNorm(arch.width, eps=arch.norm_eps)
-    self.mlp = MLP(arch, rank=rank)
+    self.mlp = MLP(arch, rank=rank, mixed=mixed)
 
   def __call__(
     self,
@@ -374,6 +410,7 @@ def run_stack(
   remat: str,
   lora_rank: int = 0,
   lora_alpha: float = 0.0,
+  mixed: bool = False,
 ) -> Float[Array, "b l d"]:
   """Runs stacked layers under one scan.
 
@@ -389,6 +426,7 @@ def run_stack(
       "dots" also its weight products.
     lora_rank: rank of the low-rank updates in `params`; 0 if there are none.
     lora_alpha: the updates are scaled by `lora_alpha / lora_rank`.
+    mixed: whether products with kernels are those of `mixed_matmul`.
 
   Returns:
     Activations after the last of these layers.
@@ -398,7 +436,7 @@ def run_stack(
   """
   rope = rope_table(architecture, positions)
   graph, _ = nnx.split(
-    nnx.eval_shape(lambda: Block(architecture, rank=lora_rank))
+    nnx.eval_shape(lambda: Block(architecture, rank=lora_rank, mixed=mixed))
   )
   lora_scale = lora_alpha / lora_rank if lora_rank else 0.0
 

@@ -46,7 +46,8 @@ class RewardModel:
     lora_rank: of the adapters on the trained layers; 0: full fine-tuning.
     lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
     remat: see `backbone.run_stack`.
-    dtype: of the computation; parameters and readouts are float32.
+    dtype: of the computation; parameters and readouts are float32. "mixed":
+      float32, but `backbone.mixed_matmul` for products with kernels.
     attention: kind, see `attention.attention`.
     safe_ids: tokens that say "complies"; the first starts the linear head.
     unsafe_ids: tokens that say "violates"; likewise.
@@ -70,7 +71,7 @@ class RewardModel:
     choices = {
       "head": HEADS,
       "remat": REMAT,
-      "dtype": ("float32", "bfloat16"),
+      "dtype": ("float32", "bfloat16", "mixed"),
       "attention": ("dense", "blocks"),
     }
     for key, allowed in choices.items():
@@ -200,7 +201,9 @@ class RewardModel:
   def _trunk(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
     """States before the final norm."""
     self.architecture.check_row_length(batch.tokens.shape[1])
-    x = params["embed"]["embedding"][batch.tokens].astype(self.dtype)
+    mixed = self.dtype == "mixed"
+    dtype = "float32" if mixed else self.dtype
+    x = params["embed"]["embedding"][batch.tokens].astype(dtype)
     for stack in ("lower", "upper"):
       if stack not in params:
         continue
@@ -215,6 +218,7 @@ class RewardModel:
         remat=self.remat,
         lora_rank=rank,
         lora_alpha=self.lora_alpha,
+        mixed=mixed,
       )
       # Below this point nothing is trained: no backward pass through it.
       if stack == "lower" and not self.train_embedding:
