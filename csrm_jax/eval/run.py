@@ -512,7 +512,8 @@ def _write(
       drawn = sensitivity.draw(found["csrm"], beside / Path(name).stem)
       pictures |= {f"{name}: {p.stem}": p for p in drawn}
   if folder is not None:
-    plots.training(recipes.workdir_of(folder) or folder, beside / "training.png")
+    workdir = recipes.workdir_of(folder) or folder
+    plots.training(workdir, beside / "training.png")
   html.write(
     output.with_suffix(".html"),
     report,
