@@ -255,7 +255,7 @@ def workdir(staged, tmp_path_factory):
   return folder
 
 
-def test_no_text_of_a_real_suite_is_trained_on(staged, workdir):
+def test_no_text_of_a_real_suite_is_trained_on(staged, workdir, monkeypatch):
   def plain(text: str) -> str:
     return " ".join(text.lower().split())
 
@@ -267,10 +267,14 @@ def test_no_text_of_a_real_suite_is_trained_on(staged, workdir):
     ]
     return {plain(m["content"]) for m in messages}
 
-  trained = set().union(*map(said, recipes.training_rows(workdir)))
+  rows = list(recipes.training_rows(workdir))
+  monkeypatch.setattr(recipes, "training_rows", lambda *_, **__: iter(rows))
+  trained = set().union(*map(said, rows))
   assert len(trained) > 10_000
   sizes = {}
   for name in real.NAMES:
+    if name.endswith(("_seen_texts", "_unseen_texts", "_seen_policy")):
+      continue  # their texts are those of the other kinds
     suite = suites.read(name, data=staged, model=workdir)
     texts = set().union(*map(said, suite.rows))
     assert not texts & trained, name
