@@ -22,8 +22,9 @@ def main() -> None:
   parser.add_argument(
     "--suite",
     help="synthetic_seen, synthetic_unseen, heldout (rows that preparation"
-    " kept from training), a real set of docs/data.md (its held-out families)"
-    " or a .jsonl file; several joined by commas",
+    " kept from training), real (all suites of real sets, see docs/data.md),"
+    " one of them or another set of docs/data.md (its held-out families), or a"
+    " .jsonl file; several joined by commas",
   )
   parser.add_argument(
     "--data", help="folder of the real sets; for heldout of prepared rows"
@@ -44,7 +45,14 @@ def main() -> None:
     "--rows",
     type=int,
     default=0,
-    help="of each suite, by whole families; 0: all (synthetic: 400)",
+    help="of each suite, by whole families; 0: all (synthetic: 400, those of"
+    " real: about 600)",
+  )
+  parser.add_argument(
+    "--protocol",
+    default="",
+    help="joined by commas: any_turn (every assistant turn is judged, the"
+    " lowest counts), top_rules (the 20 rules that BM25 finds nearest)",
   )
   parser.add_argument(
     "--probe",
@@ -83,6 +91,7 @@ def main() -> None:
       judge_names=[n.strip() for n in flags.judges.split(",") if n.strip()],
       train_rows=flags.train_rows,
       rows=flags.rows,
+      protocol=[n.strip() for n in flags.protocol.split(",") if n.strip()],
       probe=flags.probe,
       bootstrap=flags.bootstrap,
       seed=flags.seed,

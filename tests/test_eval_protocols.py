@@ -129,3 +129,31 @@ def test_over_refusal_shares():
   np.testing.assert_allclose(got["harmonic_mean"], 0.6)
   np.testing.assert_allclose(got["f1_unsafe"], 0.5)
   assert np.isnan(protocols.over_refusal(z, np.ones(6))["not_unsafe"])
+
+
+def test_gold_recall_counts_rows_whose_rule_is_placed():
+  near = row("How?", "Baking bread with butter is easy.") | {"gold": [4]}
+  far = row("How?", "Baking bread with butter is easy.") | {"gold": [25]}
+  found = protocols.gold_recall([near, far, row("a", "b")])
+  assert (found["rows"], found["rules"]) == (2, 30)
+  assert found["at_5"] == found["at_10"] == 0.5
+  assert protocols.gold_recall([row("a", "b")]) == {}
+
+
+def test_protocols_join_and_unknown_ones_are_refused():
+  asked = []
+
+  def judge(rows):
+    asked.extend(rows)
+    return np.array([len(r["messages"]) - 3.0 for r in rows])
+
+  long = row("How?", "No.", "And?", "Baking bread with butter is easy.")
+  both = protocols.under(judge, ["top_rules", "any_turn"])
+  assert both([long]).tolist() == [-1.0]
+  assert [len(r["spec"].split("\n")) for r in asked] == [20, 20]
+  assert protocols.under(judge, []) is judge
+  with pytest.raises(ValueError, match=r"--protocol: 'all'.*any_turn"):
+    protocols.under(judge, ["all"])
+  # Helpfulness is asked of the last turn alone.
+  free = {k: v for k, v in long.items() if k != "spec"}
+  assert protocols.any_turn(judge)([free]).tolist() == [1.0]

@@ -12,6 +12,7 @@ from scipy.special import expit
 from csrm_jax import metrics
 from csrm_jax.data import synthetic
 from csrm_jax.eval import run, suites
+from tests import tiny
 
 SUITE = "synthetic_unseen"
 SIZE = 60
@@ -167,6 +168,51 @@ def test_pairs_alone_give_preference_accuracy_alone(tmp_path):
   assert suite["judges"]["csrm"]["pairs_without_answer"] == 1
   assert "auroc" not in suite["judges"]["csrm"]
   assert "pref_acc" in run.table(report)
+
+
+def test_protocols_cuts_and_lengths_are_in_the_report(tmp_path):
+  """Through a model of ours, whose context is 2048 tokens."""
+  folder = tiny.write_workdir(tmp_path, tiny.judge())
+  rules = [f"S{i}: Disallowed: matter {i}." for i in range(1, 31)]
+  rules += ["S31: Disallowed: baking bread."]
+  turns = [{"role": "user", "content": "Well? " * 900}]
+  rows = [
+    {
+      "id": f"r{i}",
+      "messages": [*turns[i:], {"role": "assistant", "content": "Bread."}],
+      "label": i,
+      "spec": "\n".join(rules),
+    }
+    for i in (0, 1)
+  ]
+  pair = {
+    "id": "p",
+    "prompt": [{"role": "user", "content": "Bread?"}],
+    "kind": "resp",
+    "spec": "S1: Disallowed: baking.",
+  }
+  for i, texts in enumerate((("No", "Never."), ("Sure, yes.", "Yes"))):
+    win, lose = ([{"role": "assistant", "content": t}] for t in texts)
+    rows.append(pair | {"id": f"p{i}", "chosen": win, "rejected": lose})
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  report = run.evaluate(
+    folder,
+    str(path),
+    judge_names=["csrm", "always_unsafe"],
+    protocol=["top_rules"],
+    bootstrap=0,
+  )
+  assert report["protocol"] == ["top_rules"]
+  judged = report["suites"][str(path)]["judges"]
+  assert judged["csrm"]["rows_cut"] == 1
+  assert "rows_cut" not in judged["always_unsafe"]
+  mine = judged["csrm"]
+  parts = [mine[f"preference_accuracy_{k}"] for k in ("shorter", "longer")]
+  assert set(parts) <= {0.0, 0.5, 1.0}
+  assert sum(parts) / 2 == mine["preference_accuracy_resp"]
+  flat = judged["always_unsafe"]
+  assert flat["preference_accuracy_longer"] == 0.5
 
 
 def test_temperature_is_reported_before_and_after():

@@ -6,7 +6,7 @@ import pytest
 
 from csrm_jax.data import contract
 from csrm_jax.data.prepare import is_heldout
-from csrm_jax.eval import suites
+from csrm_jax.eval import recipes, suites
 
 PROMPT = [{"role": "user", "content": "May I?"}]
 
@@ -179,7 +179,7 @@ def test_training_rows_are_the_recipe_s_without_the_held_out(tmp_path):
   folder = workdir(
     tmp_path / "run", source="jsonl", path=path, heldout=0.5, prepared=None
   )
-  kept = {row["id"] for row in suites.training_rows(folder)}
+  kept = {row["id"] for row in recipes.training_rows(folder)}
   out = {
     row["id"]
     for row in contract.read_rows(path)
@@ -190,7 +190,7 @@ def test_training_rows_are_the_recipe_s_without_the_held_out(tmp_path):
 
 
 def test_training_rows_of_a_foreign_model_are_synthetic(tmp_path):
-  row = next(suites.training_rows(tmp_path))
+  row = next(recipes.training_rows(tmp_path))
   assert row["source"].startswith("synthetic")
 
 

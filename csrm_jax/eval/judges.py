@@ -9,6 +9,7 @@ import importlib.util
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from csrm_jax import score
 from csrm_jax.data import template
 from csrm_jax.eval import baselines
 from csrm_jax.eval.baselines import Judge, Row, tfidf
+from csrm_jax.eval.measured import key_of
 from csrm_jax.eval.protocols import shorten
 from csrm_jax.eval.suites import spec_text
 
@@ -48,8 +50,14 @@ _UNSAFE = ("unsafe", "not_", "non", "un", "harmful", "violat")
 _WORDS = ("safe", "unsafe")  # what a guard answers
 
 
-def csrm(loaded: score.Judge) -> Judge:
-  """A reward model of ours; NaN where it has no trained helpfulness head."""
+def csrm(loaded: score.Judge, *, cut: Counter[str] | None = None) -> Judge:
+  """A reward model of ours; NaN where it has no trained helpfulness head.
+
+  Args:
+    loaded: the model.
+    cut: receives how many times each (`measured.key_of`) was shortened to fit,
+      0 or 1.
+  """
 
   def judge(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
     result = np.full(len(rows), np.nan)
@@ -59,6 +67,9 @@ def csrm(loaded: score.Judge) -> Judge:
       asked = [rows[i] for i in under]
       scores = score.score_rows(loaded, asked, progress=sys.stderr.isatty())
       result[under] = [s.log_odds for s in scores]
+      if cut is not None:
+        for row, found in zip(asked, scores, strict=True):
+          cut[key_of(row)] = int(found.truncated)
     if free and loaded.has_helpfulness:
       sequences = [
         tuple(

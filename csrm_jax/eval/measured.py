@@ -50,15 +50,17 @@ def ask(judge: Judge, rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
   return odds
 
 
+def key_of(row: Row) -> str:
+  """What a judge's answer depends on: the conversation and the spec text."""
+  return json.dumps([[dict(m) for m in row["messages"]], row.get("spec")])
+
+
 def remember(judge: Judge) -> Judge:
   """The same judge, asked once for each (conversation, spec text)."""
   known: dict[str, float] = {}
 
   def remembering(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
-    keys = [
-      json.dumps([[dict(m) for m in r["messages"]], r.get("spec")])
-      for r in rows
-    ]
+    keys = [key_of(r) for r in rows]
     new = {k: r for k, r in zip(keys, rows, strict=True) if k not in known}
     if new:
       known.update(zip(new, map(float, judge(list(new.values()))), strict=True))

@@ -1,5 +1,6 @@
 """Evaluation: suites x judges to a report, rows, pictures, a page, a table."""
 
+import collections
 import functools
 import json
 import os
@@ -16,10 +17,20 @@ from scipy.special import expit
 from csrm_jax import metrics, score
 from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
-from csrm_jax.eval import endpoint, failures, html, plots, sensitivity, suites
+from csrm_jax.eval import (
+  endpoint,
+  failures,
+  html,
+  plots,
+  protocols,
+  recipes,
+  sensitivity,
+  suites,
+)
 from csrm_jax.eval import judges as judging
+from csrm_jax.eval.gaps import unseen_gaps
 from csrm_jax.eval.judges import Judge, Row
-from csrm_jax.eval.measured import remember
+from csrm_jax.eval.measured import key_of, remember
 from csrm_jax.eval.suites import Suite
 
 METRICS = (
@@ -35,6 +46,7 @@ METRICS = (
   "flip_recall",
   "spurious_flips",
 )
+OURS = {"csrm", "spec_shuffled"}  # judges that are the model itself
 # Environment variable with the API key of "endpoint:" judges.
 ENDPOINT_KEY = "CSRM_ENDPOINT_KEY"
 
@@ -46,11 +58,13 @@ class Model(NamedTuple):
     judge: its calibrated log-odds.
     facts: what the report says of it: fingerprints, temperature.
     temperature: that the log-odds were divided by.
+    cut: counts the rows that it shortened to its context.
   """
 
   judge: Judge
   facts: dict[str, Any]
   temperature: float
+  cut: collections.Counter[str]
 
 
 def evaluate(
@@ -62,6 +76,7 @@ def evaluate(
   judge_names: Sequence[str] = judging.NAMES,
   train_rows: str | Path | None = None,
   rows: int = 0,
+  protocol: Sequence[str] = (),
   probe: int = 0,
   bootstrap: int = 500,
   seed: int = 0,
@@ -71,7 +86,8 @@ def evaluate(
   Args:
     model: a workdir, a checkpoint or a Hugging Face folder; or any judge, a
       function from rows to log-odds.
-    suite_names: of `suites.read`, one string joined by commas or several.
+    suite_names: of `suites.read`, or "real" for all of `real.REAL`; one string
+      joined by commas or several.
     data: folder of real sets or of prepared rows.
     output: where the report goes, usually report.json; rows.jsonl, the PNGs
       and a page (.html) go beside it. None: nothing is written.
@@ -80,7 +96,8 @@ def evaluate(
       model that `score.load` takes.
     train_rows: .jsonl file that baselines learn from; default: the rows that
       the model was trained on.
-    rows: of each suite, by whole families; 0: all.
+    rows: of each suite, by whole families; 0: all, or the suite's own number.
+    protocol: of `protocols.NAMES`, for all judges.
     probe: cases of each suite for the sensitivity report and the failure
       checks of every judge; 0: neither is made.
     bootstrap: resamples of conversation families for the 95 % intervals.
@@ -93,36 +110,43 @@ def evaluate(
     ValueError: an unknown suite or judge, a bad row, a folder without model.
   """
   began = time.perf_counter()
-  if isinstance(suite_names, str):
-    suite_names = [n.strip() for n in suite_names.split(",") if n.strip()]
-  if not suite_names:
-    raise ValueError(
-      "--suite is empty; name suites or .jsonl files, joined by commas"
-    )
+  suite_names = suites.names(suite_names)
   _check_judges(judge_names)
   folder = None if callable(model) else Path(model)
   loaded = [
     suites.read(name, data=data, model=folder, rows=rows, seed=seed)
-    for name in dict.fromkeys(suite_names)
+    for name in suite_names
   ]
   entry = open_model(model)
-  panel, notes = _panel(entry, judge_names, folder, train_rows, loaded, seed)
+  asked = entry._replace(judge=protocols.under(entry.judge, protocol))
+  panel, notes = _panel(asked, judge_names, folder, train_rows, loaded, seed)
+  for name in panel.keys() - OURS:
+    # The same text may stand in several suites.
+    panel[name] = protocols.under(remember(panel[name]), protocol)
   report: dict[str, Any] = {
     "model": entry.facts,
     "seconds": 0.0,
     "peak_memory_gib": 0.0,
     "suites": {},
   }
+  if protocol:
+    report["protocol"] = list(protocol)
+  if "any_turn" in protocol:
+    notes.append("any_turn: the lowest of several turns is not calibrated")
   lines: list[dict[str, Any]] = []
   scored: dict[str, plots.Scored] = {}
+  answers: dict[tuple[str, str], np.ndarray] = {}
   for suite in loaded:
     described = describe(suite)
+    if "top_rules" in protocol and (r := protocols.gold_recall(suite.rows)):
+      described["gold_recall"] = r
     # Nobody sees a label, a family or an edit.
     questions = [
       {k: row[k] for k in ("id", "messages", "spec") if k in row}
       for row in suite.rows
     ]
     for name, judge in panel.items():
+      before = entry.cut.total()
       try:
         odds = np.asarray(judge(questions), np.float64)
       except ValueError as error:
@@ -140,6 +164,10 @@ def evaluate(
         bootstrap=bootstrap,
         seed=seed,
       )
+      answers[suite.name, name] = odds
+      if cut := entry.cut.total() - before:
+        described["judges"][name]["rows_cut"] = cut
+        notes.append(f"{suite.name}, {name}: {cut} rows cut to the context")
       lines += _lines(suite, name, odds)
       if name == "csrm":
         scored[suite.name] = _scored(suite, odds, entry.temperature)
@@ -148,6 +176,10 @@ def evaluate(
       _probe(report, suite, panel, probe, rows, bootstrap, seed)
     if suite.note:
       notes.append(f"{suite.name}: {suite.note}")
+  by_name = {suite.name: suite for suite in loaded}
+  gaps = unseen_gaps(by_name, answers, bootstrap=bootstrap, seed=seed)
+  if gaps:
+    report["unseen_gap"] = gaps
   report["seconds"] = time.perf_counter() - began
   report["peak_memory_gib"] = peak_memory_gib()
   if notes:
@@ -160,7 +192,7 @@ def evaluate(
 def open_model(model: str | Path | Judge) -> Model:
   """A model folder, or a function from rows to log-odds, as a `Model`."""
   if callable(model):
-    return Model(model, {}, 1.0)
+    return Model(remember(model), {}, 1.0, collections.Counter())
   loaded = score.load(model)
   facts = {
     "model_fingerprint": loaded.fingerprint,
@@ -168,7 +200,15 @@ def open_model(model: str | Path | Judge) -> Model:
     "tokenizer_fingerprint": loaded.tokenizer.fingerprint(),
     "temperature": loaded.temperature,
   }
-  return Model(judging.csrm(loaded), facts, loaded.temperature)
+  cut, total = collections.Counter(), collections.Counter()
+  known = remember(judging.csrm(loaded, cut=cut))
+
+  def judge(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
+    odds = known(rows)
+    total["rows"] += sum(cut[key_of(row)] for row in rows)
+    return odds
+
+  return Model(judge, facts, loaded.temperature, total)
 
 
 def _check_judges(names: Sequence[str]) -> None:
@@ -243,7 +283,7 @@ def _panel(
   def training() -> list[Row]:
     if train_rows:
       return list(contract.read_rows(train_rows))
-    return list(suites.training_rows(folder))
+    return list(recipes.training_rows(folder))
 
   for name in names:
     if name == "csrm":
@@ -257,7 +297,7 @@ def _panel(
     elif train_rows:
       panel[name] = judging.baseline(name, training())
     else:
-      if suites.workdir_of(folder) is None and any(
+      if recipes.workdir_of(folder) is None and any(
         s.name not in suites.SYNTHETIC for s in loaded
       ):
         notes.append(
@@ -332,6 +372,8 @@ def measure(
   win = log_odds[[p.win for p in pairs]] if pairs else np.zeros(0)
   lose = log_odds[[p.lose for p in pairs]] if pairs else np.zeros(0)
   kinds = np.array([p.kind for p in pairs], str)
+  size = [len(row["messages"][-1]["content"]) for row in suite.rows]
+  lead = np.array([size[p.win] - size[p.lose] for p in pairs], int)
   p, raw = expit(z), z * temperature
 
   def values(weight: np.ndarray) -> dict[str, Any]:
@@ -359,9 +401,12 @@ def measure(
       }
     accuracy = metrics.preference_accuracy
     found["preference_accuracy"] = accuracy(win, lose, of_pairs)
-    for kind in sorted(set(kinds.tolist())):
-      one = kinds == kind
-      found[f"preference_accuracy_{kind}"] = accuracy(
+    parts = {kind: kinds == kind for kind in sorted(set(kinds.tolist()))}
+    # Of responses, where the preferred one is the shorter and the longer.
+    parts["shorter"] = (kinds == "resp") & (lead < 0)
+    parts["longer"] = (kinds == "resp") & (lead > 0)
+    for part, one in parts.items():
+      found[f"preference_accuracy_{part}"] = accuracy(
         win[one], lose[one], of_pairs[..., one]
       )
     return found
@@ -467,7 +512,8 @@ def _write(
       drawn = sensitivity.draw(found["csrm"], beside / Path(name).stem)
       pictures |= {f"{name}: {p.stem}": p for p in drawn}
   if folder is not None:
-    plots.training(suites.workdir_of(folder) or folder, beside / "training.png")
+    workdir = recipes.workdir_of(folder) or folder
+    plots.training(workdir, beside / "training.png")
   html.write(
     output.with_suffix(".html"),
     report,

@@ -1,15 +1,15 @@
 """Suites: named or filed contract rows, flattened to sequences and pairs."""
 
 import collections
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csrm_jax.config import default
 from csrm_jax.data import contract, sources, synthetic
 from csrm_jax.data.prepare import is_heldout
 from csrm_jax.data.sets import SETS
+from csrm_jax.eval import real
+from csrm_jax.eval.recipes import recipe, split_of, workdir_of
 from csrm_jax.metrics import complies
 from csrm_jax.spec import Spec
 
@@ -35,7 +35,7 @@ class Suite(NamedTuple):
     name: as the user gave it.
     rows: one sequence to score each, like label rows: id, messages, family,
       weight; spec (absent: helpfulness is asked for); label, base and edit
-      where there are any.
+      where there are any; gold: the lines of the spec that decide.
     pairs: the preferences among them: pair rows, spec pairs, ladders, and
       every edited row against its base if their gold verdicts differ.
     note: what was left out, in words; empty if nothing.
@@ -45,6 +45,23 @@ class Suite(NamedTuple):
   rows: list[Row]
   pairs: list[Preference]
   note: str = ""
+
+
+def names(text: str | Sequence[str]) -> list[str]:
+  """Suites in "a,b" or a list, "real" spelt out, in order, each once.
+
+  Raises:
+    ValueError: there is none.
+  """
+  parts = text.split(",") if isinstance(text, str) else text
+  found: list[str] = []
+  for name in filter(None, (part.strip() for part in parts)):
+    found += real.REAL if name == "real" else (name,)
+  if not found:
+    raise ValueError(
+      "--suite is empty; name suites or .jsonl files, joined by commas"
+    )
+  return list(dict.fromkeys(found))
 
 
 def spec_text(row: Mapping[str, Any]) -> str | None:
@@ -83,7 +100,7 @@ def flatten(name: str, rows: Iterable[Mapping[str, Any]]) -> Suite:
     if kind == "label":
       at = add(row, "", row["messages"], row["spec"])
       labelled[row["id"]] = at
-      for key in ("label", "base", "edit", "source"):
+      for key in ("label", "base", "edit", "source", "gold"):
         if key in row:
           flat[at][key] = row[key]
     elif kind == "ladder":
@@ -149,12 +166,13 @@ def read(
 
   Args:
     name: "synthetic_seen", "synthetic_unseen" (400 rows unless `rows` says
-      otherwise), "heldout" (the rows that preparation kept from training), a
-      real set's name (its families that the model's recipe holds out), or a
-      .jsonl(.gz) file of contract rows.
+      otherwise), "heldout" (the rows that preparation kept from training), one
+      of `real.NAMES`, another real set's name (its families that the model's
+      recipe holds out), or a .jsonl(.gz) file of contract rows.
     data: for "heldout" the prepared folder, for real sets their folder.
     model: a workdir, whose recipe says what was held out.
-    rows: kept, by whole families (`some_families`); 0: all.
+    rows: kept, by whole families (`some_families`); 0: all, of `real.NAMES`
+      `real.ROWS`.
     seed: of the synthetic rows.
 
   Raises:
@@ -166,6 +184,8 @@ def read(
   config = recipe(model)
   if name == "heldout":
     found = list(contract.read_rows(_heldout_file(data, model, config)))
+  elif name in real.NAMES:
+    return _real(name, data=data, model=model, rows=rows)
   elif name in SETS:
     if not (data or config.data.path):
       raise ValueError(
@@ -181,7 +201,7 @@ def read(
   elif Path(name).is_file():
     found = list(contract.read_rows(name))
   else:
-    known = ", ".join((*SYNTHETIC, "heldout", *SETS))
+    known = ", ".join((*SYNTHETIC, "heldout", "real", *real.NAMES, *SETS))
     raise ValueError(
       f"--suite={name}: neither a file nor a suite; use {known}, or the path "
       "of a .jsonl file"
@@ -192,6 +212,30 @@ def read(
     note = f"{len(kept)} of {len(found)} rows, whole families at random"
     suite = suite._replace(note=note)
   return suite
+
+
+def _real(
+  name: str, *, data: Any, model: str | Path | None, rows: int
+) -> Suite:
+  """A suite of `real.NAMES`; its note says what was left out."""
+  config = recipe(model)
+  path = data or config.data.path
+  if not path:
+    raise ValueError(
+      f"--suite={name}: --data is missing; give the folder of the real sets"
+    )
+  counts: dict[str, int] = {}
+  made = real.build(
+    name,
+    path=path,
+    split=split_of(model, data=path),
+    rows=rows,
+    counts=counts,
+  )
+  note = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
+  if workdir_of(model) is None:
+    note += "; recipe unknown: as for the default one on the mixture"
+  return flatten(name, made)._replace(note=note)
 
 
 def some_families(rows: Sequence[Row], count: int) -> list[Row]:
@@ -212,66 +256,6 @@ def some_families(rows: Sequence[Row], count: int) -> list[Row]:
     kept.add(family)
     total += sizes[family]
   return [r for r, f in zip(rows, families, strict=True) if f in kept]
-
-
-def workdir_of(model: str | Path | None) -> Path | None:
-  """The workdir that a model path means, itself or one of its checkpoints."""
-  if not model:
-    return None
-  folder = Path(model)
-  if folder.parent.name == "checkpoints":
-    folder = folder.parent.parent
-  return folder if (folder / "model.json").is_file() else None
-
-
-def recipe(model: str | Path | None) -> Any:
-  """The config of a workdir; the defaults for anything else.
-
-  Keys that this version does not know are ignored: they cannot concern it.
-  """
-  config = default()
-  folder = workdir_of(model)
-  if folder and (folder / "config.json").is_file():
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    _overwrite(config, json.loads(text))
-  return config
-
-
-def _overwrite(config: Any, values: Mapping[str, Any]) -> None:
-  for key, value in values.items():
-    if key not in config:
-      continue
-    if isinstance(value, dict):
-      _overwrite(config[key], value)
-    elif value is not None:
-      config[key] = value
-
-
-def training_rows(model: str | Path | None) -> Iterator[Row]:
-  """The contract rows that a workdir's model was trained on.
-
-  Of anything else than a workdir, the default recipe's: synthetic rows.
-
-  Raises:
-    ValueError: the recipe's data are not where it found them.
-  """
-  config = recipe(model)
-  for row in sources.load(
-    config.data.source,
-    path=config.data.path,
-    seed=config.seed,
-    limit=config.data.examples or _synthetic_families(config.data.source),
-    max_rules=config.data.max_rules,
-    kinds=config.data.kinds,
-  ):
-    family = row["family"]
-    if not is_heldout(family, seed=config.seed, share=config.data.heldout):
-      yield row
-
-
-def _synthetic_families(source: str) -> int:
-  """The synthetic set has no size of its own: enough to train a baseline."""
-  return 1500 if source == "synthetic" else 0
 
 
 def _heldout_file(data: Any, model: Any, config: Any) -> Path:
