@@ -10,6 +10,7 @@ from csrm_jax.config import default
 from csrm_jax.data import contract, sources, synthetic
 from csrm_jax.data.prepare import is_heldout
 from csrm_jax.data.sets import SETS
+from csrm_jax.data.shuffle import shuffle_specs
 from csrm_jax.metrics import complies
 from csrm_jax.spec import Spec
 
@@ -256,17 +257,25 @@ def training_rows(model: str | Path | None) -> Iterator[Row]:
     ValueError: the recipe's data are not where it found them.
   """
   config = recipe(model)
-  for row in sources.load(
-    config.data.source,
-    path=config.data.path,
-    seed=config.seed,
-    limit=config.data.examples or _synthetic_families(config.data.source),
-    max_rules=config.data.max_rules,
-    kinds=config.data.kinds,
-  ):
-    family = row["family"]
-    if not is_heldout(family, seed=config.seed, share=config.data.heldout):
-      yield row
+  rows = (
+    row
+    for row in sources.load(
+      config.data.source,
+      path=config.data.path,
+      seed=config.seed,
+      limit=config.data.examples or _synthetic_families(config.data.source),
+      max_rules=config.data.max_rules,
+      kinds=config.data.kinds,
+      operators=config.data.operators,
+    )
+    if not is_heldout(
+      row["family"], seed=config.seed, share=config.data.heldout
+    )
+  )
+  if config.data.shuffle_specs:
+    yield from shuffle_specs(rows, seed=config.seed, counts={})
+  else:
+    yield from rows
 
 
 def _synthetic_families(source: str) -> int:
