@@ -98,7 +98,7 @@ def test_interrupted_table_ends_the_same(whole, tmp_path, monkeypatch):
   read = loop.loader.batch_at
 
   def terminated(rows, step, **how):
-    if step == STEPS - 2:
+    if step == STEPS - 2 and "sharding" in how:  # not where tokens are counted
       os.kill(os.getpid(), signal.SIGTERM)
     return read(rows, step, **how)
 
