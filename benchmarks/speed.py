@@ -12,11 +12,8 @@ import collections
 import gzip
 import json
 import os
-import platform
 import random
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import machine
 import numpy as np
 
 from csrm_jax import config as configs
@@ -40,6 +37,7 @@ _SPECS = Path(__file__).parent.parent / "specs"
 _SPEC_FILES = ("social_network.yaml", "kids_tutor.yaml")  # 300 tokens together
 _LR, _DECAY, _CLIP, _BETAS = 1e-6, 0.01, 1.0, (0.9, 0.98)
 _TOLERANCE = 1e-3  # of gradients, relative
+PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 _WEIGHTS = {"resp": 1.0}  # the loss: mean Bradley-Terry nats over the pairs
 
 Ids = tuple[int, ...]
@@ -324,34 +322,6 @@ def summary(values: Iterable[float]) -> dict[str, float]:
   }
 
 
-def machine() -> dict[str, Any]:
-  """What the figures were measured on."""
-  import torch
-  import transformers
-
-  cpu = platform.processor()
-  info = Path("/proc/cpuinfo")
-  if info.is_file():
-    lines = [x for x in info.read_text().splitlines() if "model name" in x]
-    cpu = lines[0].split(":")[1].strip() if lines else cpu
-  return {
-    "machine": {
-      "cpu": cpu,
-      "cores": os.cpu_count(),
-      "load_at_end": os.getloadavg()[0],
-      "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      / 2**20,
-    },
-    "versions": {
-      "python": platform.python_version(),
-      "jax": jax.__version__,
-      "jaxlib": jaxlib.__version__,
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-    },
-  }
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
   """Both sides, interleaved; the content of the output file."""
   words = tokenizer.load("smollm2")
@@ -445,7 +415,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     "spec_tokens": len(words.encode(spec_text())),
     "dtype": "float32",
   }
-  return result | machine() | {"command": " ".join(sys.argv)}
+  return result | machine.describe(PACKAGES)
 
 
 def main() -> None:

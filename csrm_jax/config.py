@@ -80,6 +80,11 @@ def default() -> Config:
   d.max_rules = 3  # rules in a synthetic spec
   d.kinds = ""  # weights of synthetic groups, "presence=0.4,refusal=0.6"; "":
   #               those of the suites
+  d.operators = ""  # edits of the augmented sources: names of
+  #                   `data/operators.py` joined by commas, "-ladder" for all
+  #                   but that one, "none", "": all
+  d.shuffle_specs = False  # train each text under the specs of other families:
+  #                          the baseline that cannot use its spec
   d.on_bad_row = "stop"  # "stop" | "quarantine"
 
   c.mesh = h = ConfigDict()

@@ -4,7 +4,8 @@ python launch/evaluate.py --model=runs/demo \
     --suite=synthetic_seen,synthetic_unseen --output=runs/demo/report.json
 
 Writes the report and, beside it, a page (.html), rows.jsonl (a line per row and
-judge), reliability.png, flips.png and training.png; prints a table.
+judge), reliability.png, flips.png and training.png; with --probe also
+probes.md, the judges side by side; prints a table.
 """
 
 import argparse

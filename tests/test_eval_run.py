@@ -265,6 +265,15 @@ def test_probes_of_a_suite_by_name_and_by_file(of_file, tmp_path):
   page = (tmp_path / "out" / "report.html").read_text()
   assert f"Failure checks: {name}, csrm" in page
   assert f"failure checks: {name}, always_safe" in run.table(report)
+  beside = (tmp_path / "out" / "probes.md").read_text().splitlines()
+  flips = {j: r["flips"] for j, r in report["sensitivity"][name].items()}
+  line = next(x for x in beside if x.startswith("| verdicts that follow"))
+  cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
+  for cell, found in zip(cells, flips.values(), strict=True):
+    low, high = found["intervals"]["flip_recall"]
+    assert cell == f"{found['flip_recall']:.3f} ({low:.3f} to {high:.3f})"
+  assert "| check | mark | csrm | always_safe |" in beside
+  assert f"## Sensitivity: `{name}`" in beside
 
 
 @pytest.mark.parametrize(

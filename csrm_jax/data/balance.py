@@ -65,7 +65,7 @@ def _is_violation(label: _Label) -> bool:
   return label.label == 0
 
 
-def _bounds() -> Iterator[_Bound]:
+def _bounds(unedited: tuple[float, float]) -> Iterator[_Bound]:
   for op in sorted(set(OPERATORS) - set(ONE_SIDED)):
     low, high = INSERTED if op in INSERTING else BAND
     yield _Bound(op, lambda x, op=op: op in x.chain, _is_violation, low, high)
@@ -75,12 +75,15 @@ def _bounds() -> Iterator[_Bound]:
     _is_violation,
     *INSERTED,
   )
-  yield _Bound("unedited", lambda x: True, lambda x: not x.chain, *UNEDITED)
+  yield _Bound("unedited", lambda x: True, lambda x: not x.chain, *unedited)
   yield _Bound("empty", lambda x: True, lambda x: x.empty, 0.0, EMPTY)
 
 
 def balance(
-  rows: Iterable[Row], *, least: int = LEAST
+  rows: Iterable[Row],
+  *,
+  least: int = LEAST,
+  unedited: tuple[float, float] = UNEDITED,
 ) -> tuple[list[Row], dict[str, int]]:
   """Drops label rows until every bound holds, by rank of a hash of their ids.
 
@@ -93,6 +96,8 @@ def balance(
   Args:
     rows: of `augment`, in any order.
     least: rows; an operator with fewer is left alone.
+    unedited: bounds on the share of first specs. Few operators, or none, make
+      few edits: then the upper one must give way.
 
   Returns:
     The rows that stay, in their order, and the counts of those thinned, by
@@ -115,7 +120,7 @@ def balance(
         hashlib.sha256(row["id"].encode()).digest(),
         _is_empty(row["spec"]),
       )
-  kept, counts = _thinned(labels, least)
+  kept, counts = _thinned(labels, least, unedited)
   out = []
   counts["bases_lost"] = 0
   for row in rows:
@@ -134,13 +139,13 @@ def _is_empty(spec: Any) -> bool:
 
 
 def _thinned(
-  labels: dict[str, _Label], least: int
+  labels: dict[str, _Label], least: int, unedited: tuple[float, float]
 ) -> tuple[set[str], dict[str, int]]:
   """Ids that stay, and how many went for which bound."""
   kept = set(labels)
   counts: dict[str, int] = {}
   active = []
-  for bound in _bounds():
+  for bound in _bounds(unedited):
     size = sum(map(bound.member, labels.values()))
     if size >= least:
       active.append(bound)

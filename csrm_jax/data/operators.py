@@ -65,3 +65,29 @@ NEUTRAL = ("permute", "paraphrase", "borrow", "distract")
 # These leave one label alone; the others meet both.
 ONE_SIDED = ("leave_out", "add_trigger", "allow", "contradict", "refuse_sub")
 INSERTING = ("add_trigger", "add_inert", "borrow", "distract")
+
+
+def parse(text: str) -> tuple[str, ...]:
+  """Operators in "a,b", all but them in "-a,-b", all in "", () in "none".
+
+  Raises:
+    ValueError: an unknown name, or some with a minus and some without.
+  """
+  if text.strip() == "none":
+    return ()
+  names = [n for n in (part.strip() for part in text.split(",")) if n]
+  bare = [n.removeprefix("-") for n in names]
+  if unknown := [n for n in bare if n not in OPERATORS]:
+    raise ValueError(
+      f"--config.data.operators={text}: {unknown[0]!r} is no operator; choose "
+      f'from {", ".join(OPERATORS)}, or "none"'
+    )
+  left_out = [n for n in names if n.startswith("-")]
+  if left_out and len(left_out) < len(names):
+    raise ValueError(
+      f"--config.data.operators={text}: {left_out[0]!r} leaves one out, others "
+      "are named without a minus; use one way or the other"
+    )
+  if left_out or not names:
+    return tuple(op for op in OPERATORS if op not in bare)
+  return tuple(op for op in OPERATORS if op in bare)

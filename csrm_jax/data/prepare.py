@@ -18,6 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from csrm_jax.config import Config
 from csrm_jax.data import balance, contract, sources, template
+from csrm_jax.data.shuffle import shuffle_specs
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
 from csrm_jax.spec import Spec
@@ -267,7 +268,7 @@ def prepare(
   placed: dict[str, int] = {}  # family: its stage
   augmented: list[contract.Row] = []
 
-  def training() -> Iterator[Mapping[str, Any]]:
+  def training() -> Iterator[contract.Row]:
     rows = sources.load(
       data.source,
       path=data.path,
@@ -275,6 +276,7 @@ def prepare(
       limit=data.examples,
       max_rules=data.max_rules,
       kinds=data.kinds,
+      operators=data.operators,
       on_bad_row=data.on_bad_row,
       bad=bad,
       counts=counts,
@@ -291,8 +293,11 @@ def prepare(
           placed[family] = _stage(stages, row["source"])
         yield row
 
+  rows: Iterable[contract.Row] = training()
+  if data.shuffle_specs:  # held-out rows keep theirs: they measure
+    rows = shuffle_specs(rows, seed=config.seed, counts=counts)
   made = examples(
-    training(),
+    rows,
     tokenizer,
     max_tokens=data.max_tokens or data.row_length // 2,
     counts=counts,
@@ -335,6 +340,8 @@ def prepare(
     "template": template.fingerprint(tokenizer),
     "source": data.source,
     "seed": config.seed,
+    "operators": data.operators,
+    "shuffle_specs": data.shuffle_specs,
     "shape": shape,
     "rows": number,
     "stage_rows": [len(part.where) for part in packed[:-1]],

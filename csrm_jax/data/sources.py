@@ -8,7 +8,7 @@ from pathlib import Path
 
 from csrm_jax.data import augment_sources, synthetic
 from csrm_jax.data.augment import augment
-from csrm_jax.data.balance import balance
+from csrm_jax.data.balance import UNEDITED, balance
 from csrm_jax.data.contract import (
   Bad,
   Row,
@@ -16,6 +16,7 @@ from csrm_jax.data.contract import (
   raw_lines,
   read_rows,
 )
+from csrm_jax.data.operators import OPERATORS, parse
 from csrm_jax.data.sets import SETS, code_of, inputs
 
 MIXTURE = ("beavertails", "pku_pairs", "polyguard")
@@ -36,6 +37,7 @@ def load(
   limit: int = 0,
   max_rules: int = 3,
   kinds: str = "",
+  operators: str = "",
   on_bad_row: str = "stop",
   bad: Bad | None = None,
   counts: dict[str, int] | None = None,
@@ -51,6 +53,7 @@ def load(
     limit: families kept from each set, in order of appearance; 0: all.
     max_rules: in a synthetic spec.
     kinds: of synthetic groups, as `groups.parse_kinds` reads them.
+    operators: of augmented sets, as `operators.parse` reads them.
     on_bad_row: "stop" or "quarantine", as in `read_rows`.
     bad: called with (row, reason) for each row put aside.
     counts: receives what was read and dropped, by set and reason.
@@ -59,6 +62,7 @@ def load(
     ValueError: unknown set, or a file that is missing or broken.
   """
   counts = {} if counts is None else counts
+  parse(operators)  # a wrong name is told before hours of work
   for name in split_names(source):
     rows = _load_one(
       name,
@@ -67,6 +71,7 @@ def load(
       limit=limit,
       max_rules=max_rules,
       kinds=kinds,
+      operators=operators,
       on_bad_row=on_bad_row,
       bad=bad,
       counts=counts,
@@ -125,6 +130,7 @@ def _load_one(
   limit: int,
   max_rules: int,
   kinds: str,
+  operators: str,
   on_bad_row: str,
   bad: Bad | None,
   counts: dict[str, int],
@@ -145,7 +151,7 @@ def _load_one(
       )
     return read_rows(path, on_bad_row=on_bad_row, quarantine=bad, counts=counts)
   if name in AUGMENTED:
-    return _augmented(name, path, seed, limit, counts)
+    return _augmented(name, path, seed, limit, parse(operators), counts)
   return SETS[name].make(path, seed=seed, counts=counts)
 
 
@@ -154,6 +160,7 @@ def _augmented(
   path: str | Path | None,
   seed: int,
   limit: int,
+  ops: tuple[str, ...],
   counts: dict[str, int],
 ) -> Iterator[Row]:
   """Annotated conversations through the operators and the balance."""
@@ -173,9 +180,12 @@ def _augmented(
       [taxonomy],
       seed=seed,
       counts=made,
+      ops=ops,
       never=never,
       distractors=DISTRACTORS,
-    )
+    ),
+    # Without some operators there are fewer edits to hold against first specs.
+    unedited=UNEDITED if len(ops) == len(OPERATORS) else (UNEDITED[0], 1.0),
   )
   for key, count in (made | thinned).items():
     _count(counts, f"{name}_{key}", count)

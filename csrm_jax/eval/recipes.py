@@ -11,6 +11,7 @@ from csrm_jax.data import sources
 from csrm_jax.data.contract import hash_family
 from csrm_jax.data.prepare import is_heldout
 from csrm_jax.data.sets import inputs
+from csrm_jax.data.shuffle import shuffle_specs
 
 Row = dict[str, Any]
 
@@ -66,17 +67,25 @@ def training_rows(
   path = config.data.path
   if data and path and not Path(path).exists():
     path = data
-  for row in sources.load(
-    config.data.source,
-    path=path,
-    seed=config.seed,
-    limit=config.data.examples or _synthetic_families(config.data.source),
-    max_rules=config.data.max_rules,
-    kinds=config.data.kinds,
-  ):
-    family = row["family"]
-    if not is_heldout(family, seed=config.seed, share=config.data.heldout):
-      yield row
+  rows = (
+    row
+    for row in sources.load(
+      config.data.source,
+      path=path,
+      seed=config.seed,
+      limit=config.data.examples or _synthetic_families(config.data.source),
+      max_rules=config.data.max_rules,
+      kinds=config.data.kinds,
+      operators=config.data.operators,
+    )
+    if not is_heldout(
+      row["family"], seed=config.seed, share=config.data.heldout
+    )
+  )
+  if config.data.shuffle_specs:
+    yield from shuffle_specs(rows, seed=config.seed, counts={})
+  else:
+    yield from rows
 
 
 def _synthetic_families(source: str) -> int:

@@ -18,6 +18,7 @@ from csrm_jax import metrics, score
 from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
 from csrm_jax.eval import (
+  comparison,
   endpoint,
   failures,
   html,
@@ -89,8 +90,9 @@ def evaluate(
     suite_names: of `suites.read`, or "real" for all of `real.REAL`; one string
       joined by commas or several.
     data: folder of real sets or of prepared rows.
-    output: where the report goes, usually report.json; rows.jsonl, the PNGs
-      and a page (.html) go beside it. None: nothing is written.
+    output: where the report goes, usually report.json; rows.jsonl, the PNGs,
+      a page (.html) and, with probes, probes.md go beside it. None: nothing is
+      written.
     judge_names: of `judges.NAMES` and `judges.BASELINES`, "hf:FOLDER",
       "endpoint:MODEL@URL" (key in the environment, `ENDPOINT_KEY`), or any
       model that `score.load` takes.
@@ -511,6 +513,9 @@ def _write(
     if "csrm" in found:  # a suite may be the path of a file
       drawn = sensitivity.draw(found["csrm"], beside / Path(name).stem)
       pictures |= {f"{name}: {p.stem}": p for p in drawn}
+  if "sensitivity" in report:
+    text = comparison.markdown(report)
+    (beside / "probes.md").write_text(text, encoding="utf-8")
   if folder is not None:
     workdir = recipes.workdir_of(folder) or folder
     plots.training(workdir, beside / "training.png")

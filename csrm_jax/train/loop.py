@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from csrm_jax import checkpoint, sharding
-from csrm_jax.config import Config
+from csrm_jax.config import Config, default
 from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
 from csrm_jax.data import tokenizer as tokenizers
@@ -303,7 +303,8 @@ def _check_recipe(config: Config, workdir: Path) -> None:
       f"{workdir}: holds a run already and config.resume is False; name a new "
       "--workdir, or delete this one"
     )
-  before = _flat(json.loads(path.read_text()))
+  # A key that came after the run began had what is its default now.
+  before = _flat(default().to_dict()) | _flat(json.loads(path.read_text()))
   after = _flat(config.to_dict())
   for key in sorted(before.keys() | after.keys()):
     free = any(key == k or key.startswith(k + ".") for k in _FREE_KEYS)
