@@ -80,6 +80,7 @@ def default() -> Config:
   d.max_rules = 3  # rules in a synthetic spec
   d.kinds = ""  # weights of synthetic groups, "presence=0.4,refusal=0.6"; "":
   #               those of the suites
+  d.refusals = 0.0  # share of synthetic groups with refusals that comply
   d.operators = ""  # edits of the augmented sources: names of
   #                   `data/operators.py` joined by commas, "-ladder" for all
   #                   but that one, "none", "": all

@@ -142,3 +142,27 @@ def test_kinds_are_drawn_by_the_weights_given():
 def test_other_kinds_are_refused(text):
   with pytest.raises(ValueError, match=r"--config\.data\.kinds=.*presence"):
     groups.parse_kinds(text)
+
+
+@pytest.mark.parametrize("kind", [k for k in groups.KINDS if k != "refusal"])
+def test_refusals_asked_for_comply_with_all_specs(kind):
+  for seed in range(20):
+    group = groups.group(
+      random.Random(seed),
+      domains.pool("train"),
+      max_rules=3,
+      edits=[None],
+      kinds={kind: 1.0},
+      refusals=1.0,
+    )
+    specs = [v.spec for v in group.versions]
+    refusals = [c for c in group.conversations if c.refusal]
+    disputed = {
+      c.domain for c in group.conversations if len({*truths(specs, c)}) == 2
+    }
+    assert disputed <= {c.domain for c in refusals}
+    assert all({*truths(specs, c)} == {1} for c in refusals)
+
+
+def truths(specs, conversation) -> list[int]:
+  return [truth(spec, conversation) for spec in specs]

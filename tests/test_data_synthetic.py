@@ -62,6 +62,8 @@ def test_arguments_are_checked():
     next(rows(split="test", families=1, seed=0))
   with pytest.raises(ValueError, match="max_rules=1"):
     next(rows(split="train", families=1, seed=0, max_rules=1))
+  with pytest.raises(ValueError, match=r"refusals=1\.5"):
+    next(rows(split="train", families=1, seed=0, refusals=1.5))
   with pytest.raises(ValueError, match="synthetic_new"):
     suite("synthetic_new")
 

@@ -349,6 +349,7 @@ def group(
   max_rules: int,
   edits: Sequence[str | None],
   kinds: Mapping[str, float] = KINDS,
+  refusals: float = 0.0,
 ) -> Group:
   """One group.
 
@@ -359,6 +360,8 @@ def group(
     edits: label-preserving edits to add, as `a`, `b`, `a`, ... versions; None
       draws one.
     kinds: weights of `DRAFTS`.
+    refusals: share of groups, other than those of kind "refusal", that also
+      hold a refusal about each of their topics: it complies with all specs.
   """
   kind = weighted(rng, kinds)
   pool = pool._replace(used=set())
@@ -366,6 +369,9 @@ def group(
   draft = DRAFTS[kind](rng, pool, one, two)
   sides = {"a": draft.a, "b": draft.b}
   conversations = list(draft.conversations)
+  if refusals and kind != "refusal" and rng.random() < refusals:
+    for domain in (one,) if kind == "carve" else (one, two):
+      conversations += converse(rng, pool, domain, ["refusal"])
   inert: list[Clause] = []
   room = max_rules - len(draft.a)
   if room and rng.random() < CONSTANT:

@@ -5,7 +5,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from csrm_jax.config import Config
 from csrm_jax.data import augment_sources, synthetic
 from csrm_jax.data.augment import augment
 from csrm_jax.data.balance import UNEDITED, balance
@@ -37,6 +39,7 @@ def load(
   limit: int = 0,
   max_rules: int = 3,
   kinds: str = "",
+  refusals: float = 0.0,
   operators: str = "",
   on_bad_row: str = "stop",
   bad: Bad | None = None,
@@ -53,6 +56,7 @@ def load(
     limit: families kept from each set, in order of appearance; 0: all.
     max_rules: in a synthetic spec.
     kinds: of synthetic groups, as `groups.parse_kinds` reads them.
+    refusals: share of synthetic groups with refusals that comply.
     operators: of augmented sets, as `operators.parse` reads them.
     on_bad_row: "stop" or "quarantine", as in `read_rows`.
     bad: called with (row, reason) for each row put aside.
@@ -71,6 +75,7 @@ def load(
       limit=limit,
       max_rules=max_rules,
       kinds=kinds,
+      refusals=refusals,
       operators=operators,
       on_bad_row=on_bad_row,
       bad=bad,
@@ -86,6 +91,12 @@ def load(
       kept.add(row["family"])
       _count(counts, f"{name}_made")
       yield row
+
+
+def options(data: Config) -> dict[str, Any]:
+  """Arguments of `load` out of the `data` part of a config."""
+  names = ("max_rules", "kinds", "refusals", "operators")
+  return {"limit": data.examples, **{name: data[name] for name in names}}
 
 
 def split_names(source: str) -> list[str]:
@@ -130,6 +141,7 @@ def _load_one(
   limit: int,
   max_rules: int,
   kinds: str,
+  refusals: float,
   operators: str,
   on_bad_row: str,
   bad: Bad | None,
@@ -142,6 +154,7 @@ def _load_one(
       seed=seed,
       max_rules=max_rules,
       kinds=kinds,
+      refusals=refusals,
     )
   if name == "jsonl":
     if not path or not Path(path).is_file():

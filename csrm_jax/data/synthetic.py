@@ -35,6 +35,7 @@ def rows(
   seed: int,
   max_rules: int = 3,
   kinds: str = "",
+  refusals: float = 0.0,
 ) -> Iterator[Row]:
   """Rows of the data contract, group by group.
 
@@ -45,18 +46,31 @@ def rows(
     seed: same seed, same rows.
     max_rules: rules in a spec, 2 or more.
     kinds: of groups, as `groups.parse_kinds` reads them.
+    refusals: share of groups with refusals that comply, see `groups.group`.
 
   Raises:
-    ValueError: if the split, `max_rules` or `kinds` is out of range.
+    ValueError: if the split, `max_rules`, `kinds` or `refusals` is out of
+      range.
   """
   if max_rules < 2:
     raise ValueError(f"max_rules={max_rules}: must be 2 or more")
+  if not 0.0 <= refusals <= 1.0:
+    raise ValueError(
+      f"--config.data.refusals={refusals}: a share of groups, give 0 to 1"
+    )
   source = pool(split)
   weights = parse_kinds(kinds)
   for index in range(families):
     rng = random.Random(f"rows/{split}/{seed}/{index}")
     edits = [None] * (weighted(rng, SPEC_COUNTS) - 2)
-    made = group(rng, source, max_rules=max_rules, edits=edits, kinds=weights)
+    made = group(
+      rng,
+      source,
+      max_rules=max_rules,
+      edits=edits,
+      kinds=weights,
+      refusals=refusals,
+    )
     yield from _emit(made, f"synthetic-{split}-{seed}-{index}")
 
 

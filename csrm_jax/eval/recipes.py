@@ -67,16 +67,12 @@ def training_rows(
   path = config.data.path
   if data and path and not Path(path).exists():
     path = data
+  options = sources.options(config.data)
+  options["limit"] = options["limit"] or _families(config.data.source)
   rows = (
     row
     for row in sources.load(
-      config.data.source,
-      path=path,
-      seed=config.seed,
-      limit=config.data.examples or _synthetic_families(config.data.source),
-      max_rules=config.data.max_rules,
-      kinds=config.data.kinds,
-      operators=config.data.operators,
+      config.data.source, path=path, seed=config.seed, **options
     )
     if not is_heldout(
       row["family"], seed=config.seed, share=config.data.heldout
@@ -88,7 +84,7 @@ def training_rows(
     yield from rows
 
 
-def _synthetic_families(source: str) -> int:
+def _families(source: str) -> int:
   """The synthetic set has no size of its own: enough to train a baseline."""
   return 1500 if source == "synthetic" else 0
 
