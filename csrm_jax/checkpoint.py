@@ -1,12 +1,15 @@
 """Checkpoints (Orbax), their fingerprint, and restoring into any sharding."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from csrm_jax.sharding import path_name
 from csrm_jax.types import Params, TrainState
@@ -36,6 +39,17 @@ def open_manager(
   )
   handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+  """Keeps Orbax from warning that what is opened to read is read-only."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
@@ -96,7 +110,7 @@ def restore_params(
   Raises:
     ValueError: no checkpoint there.
   """
-  with open_manager(workdir, read_only=True) as manager:
+  with _quietly(), open_manager(workdir, read_only=True) as manager:
     step = manager.latest_step() if step is None else step
     if step is None:
       raise ValueError(f"{workdir}/checkpoints: empty; train first")

@@ -243,6 +243,9 @@ class Spec(_Frozen):
     """The policy text that the model reads: one rule a line."""
     return "\n".join(self.lines())
 
+  def __str__(self) -> str:
+    return self.render()
+
   def fingerprint(self) -> str:
     """`sha256:` and the hex digest of the rendered text."""
     return "sha256:" + hashlib.sha256(self.render().encode()).hexdigest()

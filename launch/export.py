@@ -5,8 +5,6 @@ python launch/export.py --model=runs/demo --output=runs/demo/export
 
 import argparse
 
-from absl import logging
-
 from csrm_jax import errors
 from csrm_jax.export import huggingface
 
@@ -23,7 +21,6 @@ def main() -> None:
   ):
     if not getattr(flags, name):
       parser.error(f"--{name} is missing; give {example}")
-  logging.set_verbosity(logging.ERROR)  # Orbax warns about every read
   with errors.told():
     done = huggingface.export(flags.model, flags.output, head=flags.head)
   print(

@@ -7,8 +7,6 @@ python launch/score.py --model=runs/demo --input=rows.jsonl \
 import argparse
 import sys
 
-from absl import logging
-
 from csrm_jax import errors
 from csrm_jax.score import load, score_file
 from csrm_jax.spec import Spec
@@ -58,7 +56,6 @@ def main() -> None:
   ):
     if not getattr(flags, name):
       parser.error(f"--{name} is missing; give {example}")
-  logging.set_verbosity(logging.ERROR)  # Orbax warns about every read
   with errors.told():
     counts = score_file(
       load(flags.model),

@@ -228,6 +228,20 @@ def test_temperature_is_reported_before_and_after():
   assert cooled["intervals"] == {}
 
 
+def test_rows_of_the_user_beside_the_report_are_kept(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"id": "1", "messages": []}\n')
+
+  with pytest.raises(ValueError, match=r"rows\.jsonl would be overwritten"):
+    run.evaluate(
+      lambda rows: np.zeros(len(rows)),
+      "synthetic_seen",
+      output=tmp_path / "report.json",
+    )
+
+  assert path.read_text() == '{"id": "1", "messages": []}\n'
+
+
 def test_tfidf_is_left_out_of_a_file_with_a_note(tmp_path):
   path = tmp_path / "rows.jsonl"
   rows = synthetic.suite(SUITE, size=SIZE)

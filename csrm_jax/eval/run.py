@@ -48,6 +48,7 @@ METRICS = (
   "spurious_flips",
 )
 OURS = {"csrm", "spec_shuffled"}  # judges that are the model itself
+ROWS_FILE = "rows.jsonl"  # beside the report: a line per row and judge
 # Environment variable with the API key of "endpoint:" judges.
 ENDPOINT_KEY = "CSRM_ENDPOINT_KEY"
 
@@ -109,9 +110,12 @@ def evaluate(
     The report, as written.
 
   Raises:
-    ValueError: an unknown suite or judge, a bad row, a folder without model.
+    ValueError: an unknown suite or judge, a bad row, a folder without model,
+      or a rows.jsonl beside `output` that no evaluation wrote.
   """
   began = time.perf_counter()
+  if output is not None:
+    _check_output(Path(output))
   suite_names = suites.names(suite_names)
   _check_judges(judge_names)
   folder = None if callable(model) else Path(model)
@@ -479,6 +483,25 @@ def peak_memory_gib() -> float:
   return usage * unit / 2**30
 
 
+def _check_output(output: Path) -> None:
+  """Refuses a folder in which `rows.jsonl` is somebody's data.
+
+  Raises:
+    ValueError: that file holds a line that no evaluation wrote.
+  """
+  path = output.parent / ROWS_FILE
+  if not path.is_file():
+    return
+  with path.open(encoding="utf-8", errors="replace") as found:
+    first = found.readline()
+  if first.strip() and not ('"suite"' in first and '"judge"' in first):
+    raise ValueError(
+      f"--output={output}: {path} would be overwritten by the scores of each "
+      "row, and no evaluation wrote it; give --output a folder of its own, "
+      "such as evaluation/report.json"
+    )
+
+
 def _write(
   output: Path,
   report: dict[str, Any],
@@ -490,7 +513,7 @@ def _write(
   output.parent.mkdir(parents=True, exist_ok=True)
   pictures: dict[str, Path] = {}
   beside = output.parent
-  with (beside / "rows.jsonl").open("w", encoding="utf-8") as out:
+  with (beside / ROWS_FILE).open("w", encoding="utf-8") as out:
     for line in lines:
       out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
   labelled = {k: s for k, s in scored.items() if len(s.label)}
