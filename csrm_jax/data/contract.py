@@ -364,7 +364,7 @@ def _check_messages(
   if not isinstance(messages, list) or (response and not messages):
     raise ValueError(
       f"{origin}: field '{field}': {_short(messages)}: must be a list of "
-      "messages {'role', 'content'}"
+      'messages, such as [{"role": "assistant", "content": "..."}]'
     )
   for i, message in enumerate(messages):
     at = f"{field}[{i}]"

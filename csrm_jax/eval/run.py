@@ -563,7 +563,7 @@ def table(report: Mapping[str, Any]) -> str:
   """The report as lines of text, a block a suite, a line a judge."""
   out = []
   for name, suite in report["suites"].items():
-    head = f"{name}: {suite['rows']} rows, {suite['pairs']} pairs"
+    head = f"{name}: {suite['rows']} judged, {suite['pairs']} pairs"
     if "base_rate" in suite:
       rate = suite["base_rate"]
       # F1, of its own class, of the judge that always names the larger one.
