@@ -64,7 +64,8 @@ def default() -> Config:
   s.temperature = 1.0  # of Bradley-Terry, log-odds
 
   c.data = d = ConfigDict()
-  d.source = "synthetic"  # names joined by commas, "mixture", or "jsonl"
+  d.source = "synthetic"  # names joined by commas: sets, "synthetic", "jsonl",
+  #                         and the groups "mixture" and "permissive"
   d.path = placeholder(str)  # folder of the real sets, or a .jsonl file
   d.prepared = placeholder(str)  # named folder of prepared rows, read only
   d.examples = 0  # families kept per source; 0: all (synthetic: its own size)

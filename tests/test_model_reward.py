@@ -156,6 +156,7 @@ TRAINED = [
     {"train_layers": 1, "train_embedding": True},
     {"embed", "upper", "final_norm", "head"},
   ),
+  ({"train_layers": 1, "lora_rank": 2}, {"upper", "head"}),
 ]
 
 

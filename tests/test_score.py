@@ -18,6 +18,7 @@ from csrm_jax import score as score_lib
 from csrm_jax.data import template, trie
 from csrm_jax.spec import Rule, Spec
 from csrm_jax.types import Example, Segment
+from launch import score as launcher
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -387,11 +388,38 @@ def test_launch_names_line_field_and_remedy(workdir, tmp_path):
 
 
 def test_launch_names_a_missing_flag(tmp_path):
-  done = _launch(f"--input={tmp_path}/rows.jsonl", f"--output={tmp_path}/o")
+  done = _launch("--model=runs/demo", f"--output={tmp_path}/o")
 
   assert done.returncode == 2
-  assert "--model is missing; give --model=runs/demo" in done.stderr
+  assert "--input is missing; give --input=rows.jsonl" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_launch_takes_the_shipped_judge_from_any_folder(
+  workdir, tmp_path, monkeypatch, capsys
+):
+  rows = tmp_path / "rows.jsonl"
+  messages = [{"role": "assistant", "content": "Yes."}]
+  rows.write_text(json.dumps({"id": "1", "messages": messages, "spec": "x"}))
+  flags = [f"--input={rows}", f"--output={tmp_path}/scores.jsonl"]
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("sys.argv", ["launch/score.py", *flags])
+
+  monkeypatch.setattr(launcher, "SHIPPED", tmp_path / "none")
+  with pytest.raises(SystemExit, match="2"):
+    launcher.main()
+  said = capsys.readouterr().err
+  assert f"--model is missing and {tmp_path / 'none'} does not exist" in said
+  assert "give --model=runs/demo, or --model=smollm2" in said
+
+  monkeypatch.setattr(launcher, "SHIPPED", workdir)
+  launcher.main()
+  (line,) = _read(tmp_path / "scores.jsonl")
+  assert line["model_fingerprint"] == csrm.load(workdir).fingerprint
+
+  assert score_lib.SHIPPED.is_absolute()
+  root = score_lib.SHIPPED.parents[1]
+  assert (root / "launch" / "score.py").is_file()
 
 
 def test_smollm2_judges_zero_shot():

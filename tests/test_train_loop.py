@@ -6,11 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import csrm_jax as csrm
+from csrm_jax import checkpoint
+from csrm_jax.export import adapter
+from csrm_jax.model.names import flatten
 from csrm_jax.train import loop
-from tests import runs
+from tests import runs, tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,6 +109,83 @@ def test_killed_run_ends_as_if_nothing_had_happened(whole_run, tmp_path, step):
   assert result["tokens"] == expected["tokens"]
   logged = [line["step"] for line in lines(tmp_path)]
   assert logged == list(range(1, runs.SMALL["steps"] + 1))
+
+
+@pytest.fixture(scope="module")
+def lora_recipe(tmp_path_factory):
+  """Four steps of adapters on a tiny base in a Hugging Face folder."""
+  base = tiny.write_base(tmp_path_factory.mktemp("base"), tiny.judge())
+  changes = {
+    "steps": 4,
+    "batch_rows": 2,
+    "checkpoint_every": 2,
+    "optimizer.lr": 1e-2,
+    "model.path": str(base),
+    "model.lora_rank": 2,
+    "model.train_layers": 1,
+    "data.row_length": 2048,  # the tiny tokenizer spells most words out
+  }
+  return lambda: runs.tiny_config(**changes)
+
+
+@pytest.fixture(scope="module")
+def lora_run(lora_recipe, tmp_path_factory):
+  """Workdir and result of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("lora")
+  return workdir, loop.fit(lora_recipe(), workdir)
+
+
+def test_lora_moves_adapters_and_head_alone(lora_recipe, lora_run):
+  config, (workdir, _) = lora_recipe(), lora_run
+  _, load_params = loop.make_model(config, loop.load_tokenizer(config))
+  before = flatten(load_params(jax.random.key(config.seed)))
+  after = flatten(checkpoint.restore_params(workdir))
+
+  assert after.keys() == before.keys()
+  moved = {k for k in after if not np.array_equal(after[k], before[k])}
+  assert moved == {k for k in after if "/lora_" in k} | {"head/kernel"}
+  assert len(moved) == 15
+
+
+def test_lora_run_resumes_as_if_nothing_had_happened(
+  lora_recipe, lora_run, tmp_path, monkeypatch
+):
+  whole = loop.steps.compile_step
+
+  def breaking(*args, **kwargs):
+    step, calls = whole(*args, **kwargs), []
+
+    def take(state, batch):
+      if len(calls) == 3:
+        raise KeyboardInterrupt
+      calls.append(1)
+      return step(state, batch)
+
+    return take
+
+  monkeypatch.setattr(loop.steps, "compile_step", breaking)
+  with pytest.raises(KeyboardInterrupt):
+    loop.fit(lora_recipe(), tmp_path)
+  monkeypatch.undo()
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+  result = loop.fit(lora_recipe(), tmp_path)
+
+  assert result["params_sha256"] == lora_run[1]["params_sha256"]
+  assert [x["step"] for x in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_trained_adapter_scores_alike_once_exported(lora_run, tmp_path):
+  workdir, _ = lora_run
+  done = adapter.export(workdir, tmp_path / "out")
+  messages = [{"role": "assistant", "content": "Twelve euros, promised."}]
+  exact, read = (
+    csrm.score(csrm.load(folder), "S1: Disallowed: prices.", [messages])[0]
+    for folder in (workdir, done["output"])
+  )
+
+  assert done["difference"] <= 1e-4 and done["rounding"] <= 0.05
+  assert read.log_odds == pytest.approx(exact.log_odds, abs=0.05)
 
 
 def test_sigterm_saves_and_the_run_goes_on(whole_run, tmp_path):

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from csrm_jax import checkpoint
 from csrm_jax.data import template
 from csrm_jax.data import tokenizer as tokenizer_lib
-from csrm_jax.model import reward
+from csrm_jax.model import lora, names, reward
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.score import Judge
@@ -95,6 +96,18 @@ def write_workdir(folder: Path, made: Judge) -> Path:
   with checkpoint.open_manager(folder) as manager:
     checkpoint.save(manager, 7, state)
     manager.wait_until_finished()
+  return folder
+
+
+def write_base(folder: Path, made: Judge) -> Path:
+  """The judge's backbone as a causal model in a Hugging Face folder."""
+  made.tokenizer.save(folder)
+  architecture = made.model.architecture
+  config = architecture.to_config() | {"architectures": ["LlamaForCausalLM"]}
+  (folder / "config.json").write_text(json.dumps(config))
+  bare = lora.merge(made.params, made.model.lora_alpha)
+  tensors = dict(names.to_hf(bare, architecture))
+  safetensors.numpy.save_file(tensors, folder / "model.safetensors")
   return folder
 
 

@@ -22,6 +22,17 @@ from csrm_jax.data.operators import OPERATORS, parse
 from csrm_jax.data.sets import SETS, code_of, inputs
 
 MIXTURE = ("beavertails", "pku_pairs", "polyguard")
+# Sets whose licences permit commercial use, less those kept for evaluation.
+PERMISSIVE = (
+  "polyguard",
+  "diasafety",
+  "rbr_gold_train",
+  "harmbench_responses",
+  "pyrit_scored",
+  "hh_harmless",
+  "preference_general",
+)
+GROUPS = {"mixture": MIXTURE, "permissive": PERMISSIVE}
 # Conversations under specs varied by the operators of `operators.py`.
 AUGMENTED = ("beavertails_augmented", "synthetic_augmented")
 NAMES = (*SETS, *AUGMENTED, "synthetic", "jsonl")
@@ -48,8 +59,8 @@ def load(
   """Contract rows of named sets, each with `family` and `source`.
 
   Args:
-    source: of `NAMES`, "mixture" (those of `MIXTURE`), or several joined by
-      commas.
+    source: of `NAMES`, a key of `GROUPS` (all of its sets), or several joined
+      by commas.
     path: folder of the real sets; for "jsonl" the file.
     seed: decides specs and wordings; a row's choices depend on nothing else
       but the row itself.
@@ -100,25 +111,38 @@ def options(data: Config) -> dict[str, Any]:
 
 
 def split_names(source: str) -> list[str]:
-  """Names in "a,b", "mixture" spelt out, in order, each once.
+  """Names in "a,b", `GROUPS` spelt out, in order, each once.
 
   Raises:
     ValueError: a name is unknown.
   """
   names: list[str] = []
   for name in filter(None, (part.strip() for part in source.split(","))):
-    if name != "mixture" and name not in NAMES:
+    if name not in GROUPS and name not in NAMES:
       raise ValueError(
         f"--config.data.source={source}: no set is called {name!r}; choose "
-        f"from {', '.join((*NAMES, 'mixture'))}"
+        f"from {', '.join((*NAMES, *GROUPS))}"
       )
-    names += MIXTURE if name == "mixture" else (name,)
+    names += GROUPS.get(name, (name,))
   if not names:
     raise ValueError(
       f"--config.data.source={source!r} is empty; choose from "
-      f"{', '.join((*NAMES, 'mixture'))}"
+      f"{', '.join((*NAMES, *GROUPS))}"
     )
   return list(dict.fromkeys(names))
+
+
+def licence(name: str) -> tuple[str, bool | None]:
+  """What the licence of a source is, and whether it is commercial.
+
+  None: "jsonl", whose rows are the user's own affair.
+  """
+  if name == "jsonl":
+    return "your own", None
+  base = name.removesuffix("_augmented")
+  if base == "synthetic":
+    return "Apache-2.0 (csrm_jax)", True
+  return SETS[base].licence, SETS[base].commercial
 
 
 def fingerprint(source: str, *, path: str | Path | None) -> str:

@@ -93,7 +93,7 @@ The template writes every control token and the cue after which the score is
 read: no `add_generation_prompt`, no truncation from the right.
 """
 
-_LIMITS = """\
+LIMITS = """\
 ## Limits
 
 - A small judge errs. Read the table above for how often, and measure it on
@@ -135,7 +135,7 @@ def render(
     _COMPLIANCE if compliance else _HELPFULNESS,
     "## Measured",
     "",
-    *_metrics(report if compliance else {}),
+    *metrics(report if compliance else {}),
     "",
     "## Made of",
     "",
@@ -150,23 +150,29 @@ def render(
     )
   lines += [
     f"- Padding token: id {config['pad_token_id']}, which no prompt contains.",
-    *(
-      f"- {name.replace('_', ' ').capitalize()}: `{ours[name]}`"
-      for name in (
-        "model_fingerprint",
-        "template_fingerprint",
-        "tokenizer_fingerprint",
-      )
-    ),
-    f"- Verified: read back by {check['reader']}, {check['rows']} fixed rows"
-    f" differ by at most {check['difference']:.1e} log-odds.",
+    *made_of(ours, check),
     "",
-    _LIMITS,
+    LIMITS,
   ]
   return "\n".join(lines)
 
 
-def _metrics(report: Mapping[str, Any]) -> list[str]:
+def made_of(
+  described: Mapping[str, Any], check: Mapping[str, Any]
+) -> list[str]:
+  """Fingerprints, and how the folder was verified."""
+  prints = ("model", "template", "tokenizer")
+  return [
+    *(
+      f"- {name.capitalize()} fingerprint: `{described[f'{name}_fingerprint']}`"
+      for name in prints
+    ),
+    f"- Verified: read back by {check['reader']}, {check['rows']} fixed rows"
+    f" differ by at most {check['difference']:.1e} log-odds.",
+  ]
+
+
+def metrics(report: Mapping[str, Any]) -> list[str]:
   """A table of the model beside the judges it was compared with."""
   suites = report.get("suites", {})
   rows = [

@@ -4,6 +4,7 @@ transformers, TRL and vLLM take it as a reward model. Before the folder gets
 its name, it is loaded again and must score fixed rows as the judge does.
 """
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from csrm_jax import score
 from csrm_jax.data import template
 from csrm_jax.export import card
+from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, names
 from csrm_jax.model.backbone import ARCHITECTURE_NAMES
 from csrm_jax.score import Judge
@@ -61,28 +63,35 @@ def export(
       else, or a verified row differs by more than `TOLERANCE`.
   """
   output = Path(output)
-  _check_output(output)
+  check_output(output)
   judge = score.load(model)
   row = head_row(judge, head)
+  with writing(output) as partial:
+    _write_weights(partial, judge, row)
+    config = _config(judge, head)
+    write_json(partial / "config.json", config)
+    write_tokenizer(partial, judge, head)
+    check = verify(judge, partial, head)
+    text = card.render(
+      config, check._asdict(), report=report_of(model), base=base_of(model)
+    )
+    (partial / "README.md").write_text(text, encoding="utf-8")
+  return {"output": str(output), "head": head, **check._asdict()}
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[Path]:
+  """A folder beside `output` that takes its name once the block succeeded."""
   partial = output.with_name(output.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   try:
-    _write_weights(partial, judge, row)
-    config = _config(judge, head)
-    _write_json(partial / "config.json", config)
-    _write_tokenizer(partial, judge, head)
-    check = verify(judge, partial, head)
-    text = card.render(
-      config, check._asdict(), report=_report(model), base=_base(model)
-    )
-    (partial / "README.md").write_text(text, encoding="utf-8")
+    yield partial
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
   shutil.rmtree(output, ignore_errors=True)
   partial.rename(output)
-  return {"output": str(output), "head": head, **check._asdict()}
 
 
 def head_row(judge: Judge, head: str) -> Float[np.ndarray, " d"]:
@@ -121,14 +130,15 @@ def head_row(judge: Judge, head: str) -> Float[np.ndarray, " d"]:
   return kernel[0] / np.float32(judge.temperature)
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
   """Refuses to replace a folder that is no export of ours."""
   if output.is_file():
     raise ValueError(f"--output={output} is a file; name a folder")
   if not output.is_dir() or not any(output.iterdir()):
     return
   config = output / "config.json"
-  if not config.is_file() or "csrm" not in json.loads(config.read_text()):
+  whole = config.is_file() and "csrm" in json.loads(config.read_text())
+  if not whole and not (output / adapters.METADATA).is_file():
     raise ValueError(
       f"--output={output} holds files that are no export; name a new folder"
     )
@@ -156,13 +166,18 @@ def _config(judge: Judge, head: str) -> dict[str, Any]:
     "torch_dtype": "float32",  # the spelling of transformers 4
     "use_cache": False,
     **ids,
-    "csrm": {
-      "head": head,
-      "temperature": judge.temperature,  # already inside score.weight
-      "template_fingerprint": template.fingerprint(judge.tokenizer),
-      "tokenizer_fingerprint": judge.tokenizer.fingerprint(),
-      "model_fingerprint": judge.fingerprint,
-    },
+    "csrm": metadata(judge, head),
+  }
+
+
+def metadata(judge: Judge, head: str) -> dict[str, Any]:
+  """What `score.load` checks, and where an export came from."""
+  return {
+    "head": head,
+    "temperature": judge.temperature,  # already inside score.weight
+    "template_fingerprint": template.fingerprint(judge.tokenizer),
+    "tokenizer_fingerprint": judge.tokenizer.fingerprint(),
+    "model_fingerprint": judge.fingerprint,
   }
 
 
@@ -207,13 +222,13 @@ def _write_weights(
     file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     (folder / f"shard-{i}").rename(folder / file)
     weight_map |= dict.fromkeys(held_names, file)
-  _write_json(
+  write_json(
     folder / "model.safetensors.index.json",
     {"metadata": {"total_size": total}, "weight_map": weight_map},
   )
 
 
-def _write_tokenizer(folder: Path, judge: Judge, head: str) -> None:
+def write_tokenizer(folder: Path, judge: Judge, head: str) -> None:
   judge.tokenizer.save(
     folder,
     pad_token=template.pad_token(judge.tokenizer),
@@ -230,17 +245,17 @@ def _write_tokenizer(folder: Path, judge: Judge, head: str) -> None:
   )
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
   path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _report(model: str | Path) -> dict[str, Any]:
+def report_of(model: str | Path) -> dict[str, Any]:
   """The evaluation beside the model, if it was evaluated."""
   path = Path(model) / "report.json"
   return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def _base(model: str | Path) -> str:
+def base_of(model: str | Path) -> str:
   """The backbone that training began from, as its config names it."""
   path = Path(model) / "config.json"
   if not path.is_file():
@@ -291,23 +306,42 @@ def verify(judge: Judge, folder: Path, head: str) -> Check:
     ValueError: a row differs by more than `TOLERANCE`.
   """
   rows = fixed_rows()
+  if importlib.util.find_spec("torch"):
+    reader, found = "transformers", _read_by_transformers(folder, rows, head)
+  else:
+    reader, found = "csrm_jax", read_rows(score.load(folder), head)
+  return compare(judge, read_rows(judge, head), found, reader=reader)
+
+
+def read_rows(judge: Judge, head: str) -> Float[np.ndarray, " n"]:
+  """What a judge says about `fixed_rows`, temperature included."""
   sequences = [
     tuple(
       template.encode(
         judge.tokenizer, messages, spec if head == "compliance" else None
       )
     )
-    for messages, spec in rows
+    for messages, spec in fixed_rows()
   ]
-  column = HEADS.index(head)
-  wanted = score.readouts(judge, sequences)[:, column]
+  said = score.readouts(judge, sequences)[:, HEADS.index(head)]
   if head == "compliance":
-    wanted = wanted / np.float32(judge.temperature)
-  if importlib.util.find_spec("torch"):
-    reader, found = "transformers", _read_by_transformers(folder, rows, head)
-  else:
-    reader = "csrm_jax"
-    found = score.readouts(score.load(folder), sequences)[:, column]
+    said = said / np.float32(judge.temperature)
+  return said
+
+
+def compare(
+  judge: Judge,
+  wanted: Float[np.ndarray, " n"],
+  found: Float[np.ndarray, " n"],
+  *,
+  reader: str,
+) -> Check:
+  """Compares what was read back with what the judge says of `fixed_rows`.
+
+  Raises:
+    ValueError: a row differs by more than `TOLERANCE`.
+  """
+  rows = fixed_rows()
   differences = np.abs(np.asarray(found, np.float64) - wanted)
   worst = int(np.argmax(differences))
   if not differences[worst] <= TOLERANCE:

@@ -43,7 +43,8 @@ class RewardModel:
       `safe_ids` and `unsafe_ids`).
     train_layers: the top k layers are trained; -1: all of them.
     train_embedding: whether the input embedding is trained.
-    lora_rank: of the adapters on the trained layers; 0: full fine-tuning.
+    lora_rank: of the adapters on the trained layers, which then are trained
+      with the head alone; 0: full fine-tuning.
     lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
     remat: see `backbone.run_stack`.
     dtype: of the computation; parameters and readouts are float32. "mixed":
@@ -192,11 +193,11 @@ class RewardModel:
   def is_trained(self, path: str) -> bool:
     """Whether the leaf at this path (`a/b/c`) is trained."""
     top = path.split("/")[0]
-    if top == "upper" and self.lora_rank:
-      return path.split("/")[-1] in lora.LEAVES
-    return top in ("upper", "final_norm", "head") or (
-      top == "embed" and self.train_embedding
-    )
+    if top == "embed":
+      return self.train_embedding
+    if self.lora_rank:  # what an adapter file holds, and the base has not
+      return top == "head" or path.split("/")[-1] in lora.LEAVES
+    return top in ("upper", "final_norm", "head")
 
   def _trunk(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
     """States before the final norm."""

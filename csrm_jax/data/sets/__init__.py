@@ -77,9 +77,16 @@ SETS: Mapping[str, Set] = {
     "MIT; ODC-BY",
     True,
   ),
+  "harmbench_responses": Set(
+    guard_response_labels.HARMBENCH_FILES,
+    guard_response_labels.harmbench_rows,
+    "MIT",
+    True,
+  ),
   "xstest_completions": Set(xstest.FILES, xstest.rows, _BY, True),
   "pyrit_scored": Set(pyrit_scored.FILES, pyrit_scored.rows, "MIT", True),
   "rbr_gold": Set(rbr_gold.FILES, rbr_gold.rows, "MIT", True),
+  "rbr_gold_train": Set(rbr_gold.TRAIN_FILES, rbr_gold.train_rows, "MIT", True),
   "hh_harmless": Set(hh_harmless.FILES, hh_harmless.rows, "MIT", True),
   "preference_general": Set(
     preference_general.FILES,

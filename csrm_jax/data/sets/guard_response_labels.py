@@ -1,6 +1,6 @@
 """HarmBench and XSTest responses: harmful or not, refused or not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csrm_jax.data.contract import Row, find, hash_family, objects
@@ -17,6 +17,8 @@ FILES = (
   "guard_response_labels/xstest_response_harm.jsonl",
   "guard_response_labels/xstest_response_refusal.jsonl",
 )
+# Without XSTest's prompts, on which others are evaluated.
+HARMBENCH_FILES = FILES[:1]
 _TRUE = {"harmful": 1, "unharmful": 0, "refusal": 1, "compliance": 0}
 
 
@@ -24,9 +26,25 @@ def rows(
   path: str | Path | None, *, seed: int, counts: dict[str, int]
 ) -> Iterator[Row]:
   """Harm under harmlessness; refusals under "must answer", "must decline"."""
-  name = "guard_response_labels"
+  yield from _rows("guard_response_labels", FILES, path, seed, counts)
+
+
+def harmbench_rows(
+  path: str | Path | None, *, seed: int, counts: dict[str, int]
+) -> Iterator[Row]:
+  """As `rows`, of HarmBench alone: all of them under harmlessness."""
+  yield from _rows("harmbench_responses", HARMBENCH_FILES, path, seed, counts)
+
+
+def _rows(
+  name: str,
+  files: Sequence[str],
+  path: str | Path | None,
+  seed: int,
+  counts: dict[str, int],
+) -> Iterator[Row]:
   fields = ("id", "prompt", "response", "label")
-  found = [find(path, name, file) for file in FILES]
+  found = [find(path, name, file) for file in files]
   raws = settled(
     (raw | {"file": f.stem} for f in found for raw in objects(f, fields)),
     lambda raw: (raw["file"][-7:], raw["prompt"], raw["response"]),

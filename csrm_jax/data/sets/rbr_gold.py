@@ -1,7 +1,7 @@
 """Rule-based rewards' gold set: completions marked with 23 propositions."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ FILES = (
   "rbr_gold/test.jsonl",
   "rbr_gold/proposition_prompts.yaml",
 )
+TRAIN_FILES = (FILES[0], FILES[2])
 
 # What each proposition forbids, if a rule forbids it. `prescribes_dosage` is
 # never true and has no rule.
@@ -153,8 +154,24 @@ def rows(
   and minimum style comply, the rest violates. For each behaviour as many
   violations are kept as there are completions that comply.
   """
-  name = "rbr_gold"
-  *files, classes = (find(path, name, file) for file in FILES)
+  yield from _rows("rbr_gold", FILES, path, seed, counts)
+
+
+def train_rows(
+  path: str | Path | None, *, seed: int, counts: dict[str, int]
+) -> Iterator[Row]:
+  """As `rows`, of the official training part alone."""
+  yield from _rows("rbr_gold_train", TRAIN_FILES, path, seed, counts)
+
+
+def _rows(
+  name: str,
+  wanted: Sequence[str],
+  path: str | Path | None,
+  seed: int,
+  counts: dict[str, int],
+) -> Iterator[Row]:
+  *files, classes = (find(path, name, file) for file in wanted)
   fields = ("id", "prompt", "completion", "propositions")
   raws = settled(
     (raw for file in files for raw in objects(file, fields)),
