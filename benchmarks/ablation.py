@@ -107,8 +107,12 @@ def recipe(name: str, seed: int, args: argparse.Namespace) -> Config:
   if args.data and not args.source:
     config.data.source += ",beavertails_augmented"
   if variant.augmented_only:
-    kept = sources.split_names(config.data.source)
-    kept = [s for s in kept if s in sources.AUGMENTED]
+    limits = sources.split(config.data.source)
+    kept = [
+      f"{name}:{n}" if n else name
+      for name, n in limits.items()
+      if name in sources.AUGMENTED
+    ]
     if not kept:
       raise ValueError(
         f"--source={config.data.source}: row {name!r} needs one of "

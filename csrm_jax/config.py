@@ -65,10 +65,12 @@ def default() -> Config:
 
   c.data = d = ConfigDict()
   d.source = "synthetic"  # names joined by commas: sets, "synthetic", "jsonl",
-  #                         and the groups "mixture" and "permissive"
+  #                         and the groups "mixture" and "permissive";
+  #                         "polyguard:500,mixture": 500 families of the one
   d.path = placeholder(str)  # folder of the real sets, or a .jsonl file
   d.prepared = placeholder(str)  # named folder of prepared rows, read only
-  d.examples = 0  # families kept per source; 0: all (synthetic: its own size)
+  d.examples = 0  # families kept of each other source, drawn by a hash; 0: all
+  #                 (synthetic: its own size)
   d.stages = ""  # curriculum ahead of the shuffled rest, each stage played
   #                once: "sources:families" joined by ";", say
   #                "synthetic/presence:36;synthetic/presence,synthetic/swap:60"

@@ -1,5 +1,7 @@
 """Named sources: what they load, what they need, what their hash covers."""
 
+import collections
+
 import pytest
 
 from csrm_jax.data import sources
@@ -41,9 +43,35 @@ def test_limit_counts_families(tmp_path):
   counts = {}
   path = write(tmp_path / "rows.jsonl", rows)
   kept = list(load("jsonl", path=path, seed=0, limit=2, counts=counts))
-  assert [r["id"] for r in kept] == ["0a", "1a", "0b", "1b"]
+  families = [r["family"] for r in kept]
+  assert len(set(families)) == 2 and families[:2] == families[2:]
+  assert [r["id"][1] for r in kept] == ["a", "a", "b", "b"]
   assert counts["jsonl_beyond_limit"] == 6
   assert counts["jsonl_made"] == 4
+
+  turned = write(tmp_path / "turned.jsonl", rows[::-1])
+  again = load("jsonl", path=turned, seed=0, limit=2)
+  assert {r["family"] for r in again} == set(families)
+
+
+def test_sources_may_have_limits_of_their_own():
+  assert sources.split("synthetic:7, mixture:3,polyguard:9") == {
+    "synthetic": 7,
+    "beavertails": 3,
+    "pku_pairs": 3,
+    "polyguard": 3,
+  }
+  names = "synthetic:3,synthetic_augmented"
+  found = collections.defaultdict(set)
+  for row in load(names, path=None, seed=0, limit=5):
+    found[row["source"].split("/")[0]].add(row["family"])
+  assert len(found["synthetic"]) == 3 and len(found["synthetic_augmented"]) == 5
+
+
+@pytest.mark.parametrize("text", ["synthetic:", "synthetic:0", "synthetic:x"])
+def test_limits_are_numbers(text):
+  with pytest.raises(ValueError, match="synthetic:N with a number N"):
+    sources.split(text)
 
 
 def test_load_hands_bad_rows_over(tmp_path):

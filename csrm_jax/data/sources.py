@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from csrm_jax.data.contract import (
   Bad,
   Row,
   family_of,
+  hash_family,
   raw_lines,
   read_rows,
 )
@@ -64,7 +65,8 @@ def load(
     path: folder of the real sets; for "jsonl" the file.
     seed: decides specs and wordings; a row's choices depend on nothing else
       but the row itself.
-    limit: families kept from each set, in order of appearance; 0: all.
+    limit: families kept from each set that `source` gives no limit of its own,
+      drawn by a hash; 0: all.
     max_rules: in a synthetic spec.
     kinds: of synthetic groups, as `groups.parse_kinds` reads them.
     refusals: share of synthetic groups with refusals that comply.
@@ -78,12 +80,13 @@ def load(
   """
   counts = {} if counts is None else counts
   parse(operators)  # a wrong name is told before hours of work
-  for name in split_names(source):
+  for name, own_limit in split(source).items():
+    number = own_limit or limit
     rows = _load_one(
       name,
       path=path,
       seed=seed,
-      limit=limit,
+      limit=number,
       max_rules=max_rules,
       kinds=kinds,
       refusals=refusals,
@@ -92,16 +95,34 @@ def load(
       bad=bad,
       counts=counts,
     )
-    kept: set[str] = set()
-    for row in rows:
-      row.setdefault("source", name)
-      row.setdefault("family", family_of(row))
-      if limit and len(kept) == limit and row["family"] not in kept:
-        _count(counts, f"{name}_beyond_limit")
-        continue
-      kept.add(row["family"])
+    for row in _some(_named(rows, name), number, name, counts):
       _count(counts, f"{name}_made")
       yield row
+
+
+def _named(rows: Iterable[Row], name: str) -> Iterator[Row]:
+  for row in rows:
+    row.setdefault("source", name)
+    row.setdefault("family", family_of(row))
+    yield row
+
+
+def _some(
+  rows: Iterable[Row], limit: int, name: str, counts: dict[str, int]
+) -> Iterator[Row]:
+  """Rows of `limit` families drawn by the hashes of their names; 0: all."""
+  if not limit:
+    yield from rows
+    return
+  # A file may hold one domain after the other: the first are no sample.
+  found = list(rows)
+  families = sorted({row["family"] for row in found}, key=hash_family)
+  kept = set(families[:limit])
+  for row in found:
+    if row["family"] in kept:
+      yield row
+    else:
+      _count(counts, f"{name}_beyond_limit")
 
 
 def options(data: Config) -> dict[str, Any]:
@@ -110,26 +131,40 @@ def options(data: Config) -> dict[str, Any]:
   return {"limit": data.examples, **{name: data[name] for name in names}}
 
 
-def split_names(source: str) -> list[str]:
-  """Names in "a,b", `GROUPS` spelt out, in order, each once.
+def split(source: str) -> dict[str, int]:
+  """Names in "a,b:500", `GROUPS` spelt out, in order, with their own limits.
+
+  A name stands once: where it is named again, its first limit holds. 0: none.
 
   Raises:
-    ValueError: a name is unknown.
+    ValueError: a name is unknown, or a limit is no positive number.
   """
-  names: list[str] = []
-  for name in filter(None, (part.strip() for part in source.split(","))):
+  limits: dict[str, int] = {}
+  for part in filter(None, (part.strip() for part in source.split(","))):
+    name, colon, number = (x.strip() for x in part.partition(":"))
     if name not in GROUPS and name not in NAMES:
       raise ValueError(
         f"--config.data.source={source}: no set is called {name!r}; choose "
         f"from {', '.join((*NAMES, *GROUPS))}"
       )
-    names += GROUPS.get(name, (name,))
-  if not names:
+    if colon and not (number.isdecimal() and int(number)):
+      raise ValueError(
+        f"--config.data.source={source}: {part!r}: write {name}:N with a "
+        "number N of families, 1 or more"
+      )
+    for one in GROUPS.get(name, (name,)):
+      limits.setdefault(one, int(number or 0))
+  if not limits:
     raise ValueError(
       f"--config.data.source={source!r} is empty; choose from "
       f"{', '.join((*NAMES, *GROUPS))}"
     )
-  return list(dict.fromkeys(names))
+  return limits
+
+
+def split_names(source: str) -> list[str]:
+  """The names that `split` finds, in order."""
+  return list(split(source))
 
 
 def licence(name: str) -> tuple[str, bool | None]:
