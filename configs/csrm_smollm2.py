@@ -1,8 +1,8 @@
 """SmolLM2-135M on real rows from --config.data.path. Cost: 2 CPU cores.
 
-6 to 7.5 s a step with little else running; over the first 100 steps the mean
-loss of 20 steps fell from 1.59 to 1.29 (mixture, seed 0).
-data.source: beavertails, pku_pairs, polyguard, or "mixture" for all three.
+About 3.5 s a step, one pass: 1 h 30 min. Several of the sets are non-commercial, see
+docs/data.md. Other sources: --config.data.source=beavertails, pku_pairs,
+polyguard, "mixture" for these three, or any set of docs/data.md.
 """
 
 from csrm_jax.config import default
@@ -10,14 +10,23 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 100
+  c.steps = 1500
   c.batch_rows = 2
-  c.checkpoint_every = 25
+  c.checkpoint_every = 50
   c.model.path = "smollm2"
-  c.model.train_layers = 16
+  c.model.train_layers = 24
   c.model.remat = "none"
+  c.model.dtype = "mixed"
   c.loss.spec = 1.0
-  c.data.source = "mixture"
-  c.data.examples = 2500  # families a set: polyguard has many times the others
+  c.loss.resp = 0.3
+  c.data.source = (
+    "polyguard:4500,beavertails:1300,beavertails_augmented:300,pku_pairs:600,"
+    "saferlhf_responses:400,diasafety:400,harmbench_responses:150,"
+    "pyrit_scored:150,rbr_gold_train:100,hh_harmless:200,synthetic:120"
+  )
+  c.data.row_length = 768
+  c.data.slots = 36
+  c.data.pairs = 96
+  c.data.refusals = 0.3
   c.data.on_bad_row = "quarantine"  # answers longer than a row allows
   return c
