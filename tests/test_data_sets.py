@@ -527,6 +527,8 @@ def test_moderation_makes_nothing_of_the_unknown(small):
 
 
 LEAST = {
+  "harmbench_responses": 250,
+  "rbr_gold_train": 1200,
   "saferlhf_responses": 2200,
   "teen_safety_policies": 120,
   "diasafety": 16_000,
