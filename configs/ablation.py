@@ -16,6 +16,7 @@ def get_config():
   c.model.path = "smollm2"
   c.model.train_layers = 24
   c.model.remat = "none"
+  c.model.dtype = "mixed"
   c.optimizer.lr = 1e-4
   c.loss.spec = 1.0
   c.loss.resp = 0.3
@@ -27,5 +28,6 @@ def get_config():
   c.data.slots = 48
   c.data.pairs = 64
   c.data.stages = "synthetic/presence:36"
+  c.data.refusals = 0.3
   c.data.on_bad_row = "quarantine"
   return c

@@ -19,16 +19,19 @@ def get_config():
   c.model.lora_rank = 16
   c.model.lora_alpha = 32.0
   c.model.remat = "none"
+  c.model.dtype = "mixed"
   c.optimizer.lr = 5e-4  # adapters start from zero: higher than a full run's
   c.loss.spec = 1.0
   c.loss.resp = 0.3
-  c.data.source = "synthetic,permissive"
-  c.data.examples = 1500  # families a source: polyguard has many times others
+  # A group of the world is many rows, polyguard has many times the others.
+  c.data.source = "synthetic:200,polyguard:4000,diasafety:600,permissive"
+  c.data.examples = 300  # families of each other source
   # Rows of 512 would put aside half of pyrit_scored and harmbench_responses: a
   # sequence may take half a row.
   c.data.row_length = 1024
   c.data.slots = 48
   c.data.pairs = 96
   c.data.stages = "synthetic/presence:40"
+  c.data.refusals = 0.3
   c.data.on_bad_row = "quarantine"  # answers longer than a row allows
   return c
