@@ -1,8 +1,9 @@
 """SmolLM2-135M on real rows from --config.data.path. Cost: 2 CPU cores.
 
-About 3.5 s a step, one pass: 1 h 30 min. Several of the sets are non-commercial, see
-docs/data.md. Other sources: --config.data.source=beavertails, pku_pairs,
-polyguard, "mixture" for these three, or any set of docs/data.md.
+About 3.5 s a step, one pass: 1 h 30 min, reckoned. Several of the sets are
+non-commercial, see docs/data.md. Other sources:
+--config.data.source=beavertails, pku_pairs, polyguard, "mixture" for these
+three, or any set of docs/data.md.
 """
 
 from csrm_jax.config import default
