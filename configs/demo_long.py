@@ -1,4 +1,4 @@
-"""As the demo, with more groups; 2 CPU cores, 75 min (2.5 s a step).
+"""As the demo, with more groups. Cost: 2 CPU cores, 75 min (2.5 s a step).
 
 Stops and resumes at its checkpoints.
 """

@@ -71,6 +71,7 @@ def whole(tmp_path_factory):
   return folder, json.loads((folder / "table.json").read_text())
 
 
+@pytest.mark.slow
 def test_rows_share_budget_and_evaluation(whole):
   folder, result = whole
   full, blind = result["rows"]
@@ -93,6 +94,7 @@ def test_rows_share_budget_and_evaluation(whole):
   assert "| spec_blind |" in table and "`synthetic_unseen`" in table
 
 
+@pytest.mark.slow
 def test_interrupted_table_ends_the_same(whole, tmp_path, monkeypatch):
   args = ablation.parse(flags(tmp_path))
   read = loop.loader.batch_at
@@ -132,6 +134,7 @@ def test_interrupted_table_ends_the_same(whole, tmp_path, monkeypatch):
     assert ablation.ablate(args)["rows"] == again["rows"]
 
 
+@pytest.mark.slow
 def test_another_recipe_in_the_same_folder_is_refused(whole):
   folder, _ = whole
   args = ablation.parse(flags(folder, "--steps=5"))
