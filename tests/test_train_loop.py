@@ -96,7 +96,7 @@ def test_finished_run_is_not_repeated(whole_run):
   assert (workdir / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_killed_run_ends_as_if_nothing_had_happened(whole_run, tmp_path, step):
   _, expected = whole_run
   process = launch(tmp_path)
@@ -147,6 +147,7 @@ def test_lora_moves_adapters_and_head_alone(lora_recipe, lora_run):
   assert len(moved) == 15
 
 
+@pytest.mark.slow
 def test_lora_run_resumes_as_if_nothing_had_happened(
   lora_recipe, lora_run, tmp_path, monkeypatch
 ):
