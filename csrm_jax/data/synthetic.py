@@ -7,7 +7,8 @@ gives the true label under *any* spec.
 Rows come in groups: a few specs that contradict each other on the group's
 conversations, each conversation labelled under each spec. A text complies
 under about half of the specs it meets and a spec holds for about half of its
-conversations, so neither predicts the label alone.
+conversations, so neither predicts the label alone. Training may ask for further
+refusals, which comply with all specs of their group.
 """
 
 import random

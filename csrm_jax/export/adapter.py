@@ -17,7 +17,7 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from csrm_jax import score
-from csrm_jax.eval.suites import workdir_of
+from csrm_jax.eval.recipes import workdir_of
 from csrm_jax.export import adapter_card, huggingface
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, pretrained
