@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 AXES = ("replica", "fsdp", "tensor")
 
@@ -32,6 +33,8 @@ _TABLE: tuple[tuple[str, P], ...] = (
   (r"mlp/down/lora_b$", P(None, "fsdp")),
   (r"(scale|head/kernel)$", P()),
 )
+
+_ROWS = P(("replica", "fsdp"))  # of every batch and its activations
 
 AnyMesh = Mesh | AbstractMesh  # of devices, or of sizes alone
 
@@ -101,7 +104,30 @@ def shardings(tree: Any, mesh: AnyMesh) -> Any:
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
   """Rows are spread over replica and fsdp; a row stays whole."""
-  return NamedSharding(mesh, P(("replica", "fsdp")))
+  return NamedSharding(mesh, _ROWS)
+
+
+def keep_rows(x: Array) -> Array:
+  """Holds activations [rows, ...] to the layout of their batch.
+
+  Otherwise the compiler may take over that of a kernel (width over fsdp) and
+  gather whole arrays to get from one to the other. Where no mesh is in context
+  (scoring), `x` as it is.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, _ROWS)
+
+
+def gather_width(table: Array) -> Array:
+  """An embedding table [v, d] whose rows are whole on each device.
+
+  Looked up as it is stored, width over fsdp, its rows would arrive in a layout
+  from which XLA reaches that of a batch only by gathering everything.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return table
+  return jax.lax.with_sharding_constraint(table, P("tensor", None))
 
 
 def check_rows(batch_rows: int, microbatches: int, mesh: AnyMesh) -> None:

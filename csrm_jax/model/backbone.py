@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from csrm_jax import sharding
 from csrm_jax.model.attention import SAVED, attention
 from csrm_jax.types import Indices, Params
 
@@ -227,8 +229,7 @@ def mixed_matmul(
 ) -> Float[Array, "m o"]:
   """x W of float32 arrays with bfloat16 operands and float32 sums.
 
-  The gradient of W keeps float32 operands: it is a sum over tokens, and CPUs
-  have no fast bfloat16 kernel for it.
+  Gradients likewise.
   """
   return _bfloat16_dot(x, kernel, ((1,), (0,)))
 
@@ -248,7 +249,19 @@ def _mixed_forward(x: Array, kernel: Array) -> Any:
 
 def _mixed_backward(saved: tuple[Array, Array], dy: Array) -> Any:
   x, kernel = saved
-  return _bfloat16_dot(dy, kernel, ((1,), (1,))), x.T @ dy
+  dx = _bfloat16_dot(dy, kernel, ((1,), (1,)))
+  # CPUs have no fast kernel for a sum over the leading axis of both operands,
+  # so x is laid out anew; by itself, XLA folds the transpose into the product.
+  transposed = jax.lax.platform_dependent(
+    x.astype(jnp.bfloat16).T, cpu=_row_major, default=lambda x: x
+  )
+  return dx, _bfloat16_dot(transposed, dy, ((1,), (0,)))
+
+
+def _row_major(x: Array) -> Array:
+  return jax.lax.optimization_barrier(
+    with_layout_constraint(x, Layout((0, 1)))
+  )
 
 
 mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
@@ -443,7 +456,7 @@ def run_stack(
   def layer(x: Array, params: Params) -> tuple[Array, None]:
     block = nnx.merge(graph, params)
     y = block(x, rope, subtree_end, kind=kind, lora_scale=lora_scale)
-    return y, None
+    return sharding.keep_rows(y), None
 
   policies = jax.checkpoint_policies
   keep = policies.save_only_these_names(*SAVED)

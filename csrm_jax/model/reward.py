@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from csrm_jax import checkpoint
+from csrm_jax import checkpoint, sharding
 from csrm_jax.config import Config
 from csrm_jax.model import lora, pretrained
 from csrm_jax.model.backbone import (
@@ -204,7 +204,8 @@ class RewardModel:
     self.architecture.check_row_length(batch.tokens.shape[1])
     mixed = self.dtype == "mixed"
     dtype = "float32" if mixed else self.dtype
-    x = params["embed"]["embedding"][batch.tokens].astype(dtype)
+    table = sharding.gather_width(params["embed"]["embedding"])
+    x = sharding.keep_rows(table[batch.tokens].astype(dtype))
     for stack in ("lower", "upper"):
       if stack not in params:
         continue

@@ -172,15 +172,16 @@ def compile_step(
   """`train_step` under jit on a mesh; the state's buffers are donated."""
 
   def step(state: TrainState, batch: Batch):
-    return train_step(
-      state,
-      batch,
-      model=model,
-      optimizer=optimizer,
-      weights=weights,
-      microbatches=microbatches,
-      **options,
-    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return train_step(
+        state,
+        batch,
+        model=model,
+        optimizer=optimizer,
+        weights=weights,
+        microbatches=microbatches,
+        **options,
+      )
 
   held = sharding.shardings(abstract, mesh)
   rows = sharding.batch_sharding(mesh)
