@@ -254,15 +254,14 @@ def test_lower_precision_stays_close(tiny, dtype):
 def test_mixed_matmul_rounds_operands_alone():
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(k, (48, 48)) for k in keys)
-  rounded = [np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x, w, dy)]
+  a, b, c = (
+    np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, w, dy)
+  )
 
   y, vjp = jax.vjp(mixed_matmul, x, w)
   dx, dw = vjp(dy)
 
   assert y.dtype == dx.dtype == dw.dtype == jnp.float32
-  np.testing.assert_allclose(y, rounded[0] @ rounded[1], rtol=1e-5, atol=1e-4)
-  np.testing.assert_allclose(
-    dx, rounded[2] @ rounded[1].T, rtol=1e-5, atol=1e-4
-  )
-  exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
-  np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(y, a @ b, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(dx, c @ b.T, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(dw, a.T @ c, rtol=1e-5, atol=1e-4)
