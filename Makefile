@@ -11,7 +11,8 @@ export HF_HUB_OFFLINE ?= 1
 # Large pages for large arrays (Linux): fewer page faults in a training step.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo demo-long test test-slow lint format types setup setup-dev clean
+.PHONY: demo demo-long notebook test test-slow lint format types setup \
+  setup-dev clean
 
 demo: setup
 	$(BIN)/python launch/train.py --config=configs/demo.py --workdir=runs/demo
@@ -25,6 +26,10 @@ demo-long: setup
 	$(BIN)/python launch/evaluate.py --model=runs/demo_long \
 	  --suite=synthetic_seen,synthetic_unseen \
 	  --output=runs/demo_long/report.json
+
+# Runs it with the shipped judge, or with that of CSRM_JUDGE (a full path).
+notebook: setup-dev
+	$(BIN)/jupyter execute --inplace notebooks/swap_the_spec.ipynb
 
 test: setup-dev
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

