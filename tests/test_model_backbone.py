@@ -254,9 +254,7 @@ def test_lower_precision_stays_close(tiny, dtype):
 def test_mixed_matmul_rounds_operands_alone():
   keys = jax.random.split(jax.random.key(0), 3)
   x, w, dy = (jax.random.normal(k, (48, 48)) for k in keys)
-  a, b, c = (
-    np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, w, dy)
-  )
+  a, b, c = (np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, w, dy))
 
   y, vjp = jax.vjp(mixed_matmul, x, w)
   dx, dw = vjp(dy)

@@ -259,9 +259,7 @@ def _mixed_backward(saved: tuple[Array, Array], dy: Array) -> Any:
 
 
 def _row_major(x: Array) -> Array:
-  return jax.lax.optimization_barrier(
-    with_layout_constraint(x, Layout((0, 1)))
-  )
+  return jax.lax.optimization_barrier(with_layout_constraint(x, Layout((0, 1))))
 
 
 mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
