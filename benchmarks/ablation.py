@@ -43,6 +43,7 @@ class Variant(NamedTuple):
   augmented_only: bool = False
 
 
+_LAYERS = {"model.lora_rank": 0, "optimizer.lr": 1e-4}
 _NO_PAIRS = {"loss.spec": 0.0, "loss.resp": 0.0, "loss.severity": 0.0}
 VARIANTS: Mapping[str, Variant] = {
   "full": Variant("the recipe as it is"),
@@ -77,18 +78,14 @@ VARIANTS: Mapping[str, Variant] = {
   "no_curriculum": Variant(
     "everything mixed from the first step", {"data.stages": ""}
   ),
-  "all_layers": Variant("all layers trained", {"model.train_layers": -1}),
-  "top_8_layers": Variant(
-    "the top 8 layers trained", {"model.train_layers": 8}
+  "upper_24_layers": Variant(
+    "the upper 24 layers themselves trained, at a tenth of the rate",
+    _LAYERS | {"model.train_layers": 24},
   ),
-  "lora": Variant(
-    "LoRA of rank 16 in all layers, ten times the rate",
-    {
-      "model.train_layers": -1,
-      "model.lora_rank": 16,
-      "optimizer.lr": 1e-3,
-    },
+  "all_layers": Variant(
+    "all layers themselves trained, at a tenth of the rate", _LAYERS
   ),
+  "rank_4": Variant("adapters of rank 4", {"model.lora_rank": 4}),
 }
 
 

@@ -14,10 +14,12 @@ def get_config():
   c.checkpoint_every = 50
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
-  c.model.train_layers = 24
+  # Adapters on all layers beat the upper layers themselves; docs/decisions.md.
+  c.model.lora_rank = 16
+  c.model.lora_alpha = 32.0
   c.model.remat = "none"
   c.model.dtype = "mixed"
-  c.optimizer.lr = 1e-4
+  c.optimizer.lr = 1e-3
   c.loss.spec = 1.0
   c.loss.resp = 0.3
   # The world's groups, and its conversations under specs that operators vary;
