@@ -40,7 +40,9 @@ def default() -> Config:
   m.remat = "layer"  # "none" | "layer" | "dots"
   m.dtype = "auto"  # compute: "float32" | "bfloat16" | "mixed" (see
   #                  reward.py); auto = float32 on CPU, bfloat16 elsewhere
-  m.attention = "auto"  # "dense" | "blocks"; auto = blocks on CPU
+  m.attention = "auto"  # "dense" | "blocks" (CPU) | "pallas" (TPU) | "causal"
+  #                     (data.slots == 1: splash on TPUs, cuDNN on GPUs);
+  #                     auto = blocks on one CPU, pallas on TPUs, else dense
 
   c.optimizer = o = ConfigDict()
   o.lr = 1e-4  # peak, after warm-up

@@ -202,5 +202,5 @@ def test_the_default_block_at_its_real_size():
 
 def test_an_unknown_kind_is_refused():
   end = jnp.ones((1, 1), jnp.int32)
-  with pytest.raises(ValueError, match="use 'dense' or 'blocks'"):
+  with pytest.raises(ValueError, match="'flash': use one of"):
     attention(*arrays(end, h=1, g=1)[:3], end, kind="flash")

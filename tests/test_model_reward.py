@@ -1,5 +1,6 @@
 """The reward model: readouts, heads, what is trained, packing, workdirs."""
 
+import functools
 import json
 
 import jax
@@ -315,6 +316,35 @@ def _config(**changes):
   c.random.ffn = 24
   c.update(changes)
   return c
+
+
+def test_causal_attention_takes_rows_of_one_readout_alone():
+  causal, dense = (RewardModel(architecture(), attention=kind)
+                   for kind in ("causal", "dense"))  # fmt: skip
+  params = random_params(dense)
+  single = rows.plain([[9, 8, 7, 1], [2, 1]], padding=1)
+  several = single._replace(readout=np.array([[3, 0], [1, 1]]))
+
+  got, expected = (
+    jax.jit(model.apply)(params, single) for model in (causal, dense)
+  )
+
+  np.testing.assert_allclose(got, expected, atol=1e-4)
+  with pytest.raises(ValueError, match="have 2 readouts: set data.slots = 1"):
+    jax.eval_shape(causal.apply, params, several)
+
+
+@pytest.mark.parametrize(
+  ("backend", "expected"), [("tpu", "pallas"), ("gpu", "dense")]
+)
+def test_attention_of_accelerators(monkeypatch, backend, expected):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  of = functools.partial(
+    reward.make, vocab_size=50, safe_ids=SAFE, unsafe_ids=UNSAFE
+  )
+
+  assert of(_config())[0].attention == expected
+  assert of(_config(attention="blocks"))[0].attention == "blocks"
 
 
 def test_make_random_model():

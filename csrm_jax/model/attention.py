@@ -2,7 +2,8 @@
 
 "dense" is one masked L x L product. "blocks" is the CPU's path: each block of
 queries meets only the blocks of keys on the paths of its tokens, so the work
-grows with the depth of the trie and not with the length of the row.
+grows with the depth of the trie and not with the length of the row. "pallas",
+the same as TPU kernels, and "causal" are in `trie_attention.py`.
 """
 
 import functools
@@ -17,12 +18,14 @@ from jaxtyping import Array, Bool, Float
 
 from csrm_jax.types import Indices
 
-# What the backward pass of "blocks" needs beside its inputs: a remat policy
-# that saves these names never runs the forward pass twice.
+KINDS = ("dense", "blocks", "pallas", "causal")
+
+# What the backward pass of "blocks" and "pallas" needs beside its inputs: a
+# remat policy that saves these names never runs the forward pass twice.
 SAVED = ("attention_out", "attention_lse")
 
 _BLOCK = 64  # tokens; measured best of 32, 64 and 128 on a CPU
-_MASKED = -1e30  # a logit whose exponential is 0
+MASKED = -1e30  # a logit whose exponential is 0
 
 
 def attention(
@@ -40,20 +43,29 @@ def attention(
     k: keys.
     v: values.
     subtree_end: one past the last descendant, row indices; `i + 1` for padding.
-    kind: "dense" (one masked product; any backend, any sharding) or "blocks"
-      (one CPU device: skips the blocks that no path reaches).
+    kind: "dense" (one masked product; any backend, any sharding), "blocks"
+      (one CPU device: skips the blocks that no path reaches), "pallas" (the
+      same on TPUs, under any mesh) or "causal" (rows of one sequence each:
+      the libraries' kernels; see `trie_attention.causal`).
 
   Returns:
     The attended values, in the dtype of `v`; softmax in float32.
 
   Raises:
-    ValueError: if `kind` is neither.
+    ValueError: if `kind` is none of these.
   """
   if kind == "dense":
     return dense(q, k, v, subtree_end)
   if kind == "blocks":
     return blocks(q, k, v, subtree_end)
-  raise ValueError(f"attention kind {kind!r}: use 'dense' or 'blocks'")
+  if kind not in KINDS:
+    raise ValueError(f"attention kind {kind!r}: use one of {KINDS}")
+  # Here, as they import this module, and Pallas, which no CPU needs.
+  from csrm_jax.model import trie_attention
+
+  if kind == "pallas":
+    return trie_attention.pallas(q, k, v, subtree_end)
+  return trie_attention.causal(q, k, v, subtree_end)
 
 
 def visible(subtree_end: Indices) -> Bool[Array, "b l l"]:
@@ -76,7 +88,7 @@ def dense(
     "bigre,bjge->bgrij", grouped, k, preferred_element_type=jnp.float32
   )
   mask = visible(subtree_end)[:, None, None]
-  logits = jnp.where(mask, logits * e**-0.5, _MASKED)
+  logits = jnp.where(mask, logits * e**-0.5, MASKED)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bgrij,bjge->bigre", weights, v).reshape(q.shape)
 
@@ -134,7 +146,7 @@ def _forward(q: Array, k: Array, v: Array, subtree_end: Array, block: int):
     logits = jnp.einsum("gme,gne->gmn", query, _take(keys, row, reached))
     n = logits.shape[-1]
     logits = logits.reshape(g, r, block, n)
-    logits = jnp.where(mask.T, logits, _MASKED).reshape(g, m, n)
+    logits = jnp.where(mask.T, logits, MASKED).reshape(g, m, n)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

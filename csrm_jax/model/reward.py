@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from csrm_jax import checkpoint, sharding
 from csrm_jax.config import Config
 from csrm_jax.model import lora, pretrained
+from csrm_jax.model.attention import KINDS
 from csrm_jax.model.backbone import (
   REMAT,
   Architecture,
@@ -73,7 +74,7 @@ class RewardModel:
       "head": HEADS,
       "remat": REMAT,
       "dtype": ("float32", "bfloat16", "mixed"),
-      "attention": ("dense", "blocks"),
+      "attention": KINDS,
     }
     for key, allowed in choices.items():
       if getattr(self, key) not in allowed:
@@ -202,6 +203,13 @@ class RewardModel:
   def _trunk(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
     """States before the final norm."""
     self.architecture.check_row_length(batch.tokens.shape[1])
+    slots = batch.readout.shape[1]
+    if self.attention == "causal" and slots != 1:
+      raise ValueError(
+        f"model.attention = 'causal' needs rows of one sequence each, these "
+        f"have {slots} readouts: set data.slots = 1, or model.attention = "
+        "'auto'"
+      )
     mixed = self.dtype == "mixed"
     dtype = "float32" if mixed else self.dtype
     table = sharding.gather_width(params["embed"]["embedding"])
@@ -480,10 +488,13 @@ def _for_backend(dtype: str, attention: str) -> tuple[str, str]:
   """What "auto" stands for here.
 
   The CPU is weak in bfloat16; attention in blocks follows the rows' data, so
-  it cannot be spread over the devices of a mesh.
+  it cannot be spread over the devices of a mesh. No kernel of a GPU's library
+  takes the mask of a trie.
   """
-  on_cpu = jax.default_backend() == "cpu"
+  backend = jax.default_backend()
+  on_cpu = backend == "cpu"
   alone = on_cpu and jax.device_count() == 1
   dtypes = {"auto": "float32" if on_cpu else "bfloat16"}
-  kinds = {"auto": "blocks" if alone else "dense"}
+  kind = "blocks" if alone else "pallas" if backend == "tpu" else "dense"
+  kinds = {"auto": kind}
   return dtypes.get(dtype, dtype), kinds.get(attention, attention)
