@@ -1,4 +1,4 @@
-"""As the demo, with more groups. Cost: 2 CPU cores, 70 min, reckoned (1.75 s a step).
+"""As the demo, with more groups. Cost: 2 CPU cores, about 70 min (reckoned).
 
 Stops and resumes at its checkpoints.
 """

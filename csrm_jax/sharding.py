@@ -1,10 +1,12 @@
 """The mesh and the one table that says where every array lives."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -39,13 +41,29 @@ _ROWS = P(("replica", "fsdp"))  # of every batch and its activations
 AnyMesh = Mesh | AbstractMesh  # of devices, or of sizes alone
 
 
-def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  *,
+  replica: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
   """Mesh over all devices; one size may be -1 (what remains).
 
+  Of several slices, which only the data-centre network joins, each holds whole
+  replicas: parameters and activations never cross that network, gradients do.
+
+  Args:
+    replica: copies of the parameters.
+    fsdp: parts of each parameter that are gathered for use.
+    tensor: parts of each product.
+    devices: None: those of this process group.
+
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or the
+      replicas do not divide evenly among slices.
   """
-  devices = jax.devices()
+  devices = list(jax.devices() if devices is None else devices)
   sizes = [replica, fsdp, tensor]
   if sizes.count(-1) == 1:
     rest = -int(np.prod(sizes))
@@ -55,9 +73,34 @@ def make_mesh(*, replica: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
       f"mesh replica={replica} fsdp={fsdp} tensor={tensor} does not cover "
       f"{len(devices)} devices; their product must, with -1 for what remains"
     )
-  return jax.make_mesh(
-    tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if sizes[0] % slices:
+    raise ValueError(
+      f"mesh.replica = {sizes[0]} on {slices} slices: use a multiple of "
+      f"{slices}, so that each slice holds whole replicas"
+    )
+  return Mesh(
+    _lay_out(devices, sizes, slices),
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
   )
+
+
+def _lay_out(devices: list[Any], sizes: list[int], slices: int) -> np.ndarray:
+  """Devices by mesh position: neighbours in the mesh are so in the machine."""
+  inner = [sizes[0] // slices, *sizes[1:]]
+  try:
+    if slices > 1:
+      return mesh_utils.create_hybrid_device_mesh(
+        inner, [slices, 1, 1], devices
+      )
+    return mesh_utils.create_device_mesh(inner, devices)
+  except (NotImplementedError, ValueError, AssertionError):
+    # Shapes that its tables lack: in the order of the devices, slice by slice.
+    ordered = sorted(
+      devices, key=lambda d: (getattr(d, "slice_index", 0), d.id)
+    )
+    return np.array(ordered).reshape(sizes)
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> P:

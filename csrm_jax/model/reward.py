@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from csrm_jax import checkpoint, sharding
 from csrm_jax.config import Config
-from csrm_jax.model import lora, pretrained
+from csrm_jax.model import lora, pretrained, sizes
 from csrm_jax.model.attention import KINDS
 from csrm_jax.model.backbone import (
   REMAT,
@@ -304,6 +304,10 @@ def make(
   workdir = (Path(path) / "model.json").is_file()
   if path == "random":
     architecture = _random_architecture(config, vocab_size)
+  elif not path:
+    architecture = Architecture.from_config(
+      sizes.size(config.size), row_length=row_length
+    )
   else:
     backbone = (
       _read_description(path)["backbone"]
@@ -327,6 +331,11 @@ def make(
   )
 
   def load_params(key: jax.Array, shardings: Params | None = None) -> Params:
+    if not path:
+      raise ValueError(
+        f"model.path is empty, and model.size = {config.size!r} has no weights:"
+        " give --config.model.path=FOLDER"
+      )
     if path == "random":
       return jax.jit(model.init, out_shardings=shardings)(key)
     if workdir:

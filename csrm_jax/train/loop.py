@@ -100,6 +100,11 @@ def load_tokenizer(config: Config) -> Tokenizer:
   path = config.model.tokenizer
   if path == "auto":
     path = config.model.path
+  if not path:
+    raise ValueError(
+      "model.path is empty: give --config.model.path=FOLDER, the weights and"
+      f" tokenizer of {config.model.size or 'a backbone'}"
+    )
   return tokenizers.load("smollm2" if path == "random" else path)
 
 

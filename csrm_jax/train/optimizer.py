@@ -75,6 +75,7 @@ def make_optimizer(
   weight_decay: float = 0.01,
   clip: float = 1.0,
   head_lr: float = 1.0,
+  mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over trained leaves.
 
@@ -89,10 +90,14 @@ def make_optimizer(
     clip: global gradient norm.
     head_lr: multiple of `lr` for the head. The states it reads have a large
       common part, so a full step on it shifts every score at once.
+    mu_dtype: of the first moment; the second one spans too many magnitudes
+      for bfloat16.
   """
   rate = schedule(lr=lr, steps=steps, warmup=warmup, final_lr=final_lr)
   return optax.chain(
     clip_by_global_norm(clip),
-    optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decays),
+    optax.adamw(
+      rate, b1, b2, weight_decay=weight_decay, mask=decays, mu_dtype=mu_dtype
+    ),
     optax.masked(optax.scale(head_lr), is_head),
   )

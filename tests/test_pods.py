@@ -1,0 +1,258 @@
+"""Programs compiled for machines that are not here."""
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from csrm_jax import sharding
+from csrm_jax.config import default
+from csrm_jax.model import reward, sizes
+from csrm_jax.model.backbone import Architecture
+from csrm_jax.pods import advise, ahead, chips, hlo, roofline
+
+ROOT = Path(__file__).parent.parent
+
+# In the form that XLA prints: a loop of 30 around a fused gather, a loop of
+# unknown length, an all-reduce outside both.
+HLO = textwrap.dedent("""\
+  HloModule jit_step
+
+  %fused (p: bf16[8,64]) -> bf16[16,64] {
+    %p = bf16[8,64]{1,0} parameter(0)
+    ROOT %ag = bf16[16,64]{1,0} all-gather(%p), replica_groups={{0,1},{2,3}}, dimensions={0}, metadata={op_name="jit(step)/while/body/dot"}
+  }
+
+  %body (a: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+    %a = (s32[], bf16[8,64]{1,0}) parameter(0)
+    %f = bf16[16,64]{1,0} fusion(%a), kind=kCustom, calls=%fused
+    ROOT %t = (s32[], bf16[8,64]{1,0}) tuple(%a, %f)
+  }
+
+  %condition (a: (s32[], bf16[8,64])) -> pred[] {
+    %a = (s32[], bf16[8,64]{1,0}) parameter(0)
+    ROOT %lt = pred[] compare(%a, %a), direction=LT
+  }
+
+  %endless (a: s32[]) -> s32[] {
+    %a = s32[] parameter(0)
+    ROOT %cp = s32[] collective-permute(%a), source_target_pairs={{0,1}}
+  }
+
+  %add (x: f32[], y: f32[]) -> f32[] {
+    ROOT %s = f32[] add(%x, %y)
+  }
+
+  ENTRY %main (p: bf16[8,64]) -> f32[4] {
+    %p = bf16[8,64]{1,0} parameter(0)
+    %w = (s32[], bf16[8,64]{1,0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"30"}}
+    %u = s32[] while(%p), condition=%condition, body=%endless
+    ROOT %ar = f32[4]{0} all-reduce(%w), replica_groups=[1,4]<=[4], to_apply=%add
+  }
+  """)  # noqa: E501
+
+
+def test_topologies_are_read():
+  found = chips.parse("v5p:4x4x4", slices=2)
+  assert (found.chips, found.chip.hbm, found.platform) == (128, 95, "tpu")
+  assert str(found) == "2 x v5p:4x4x4"
+  for text in ("v5p", "v9:2x2", "v5e:0x2", "v5e:2x2x2x2"):
+    with pytest.raises(ValueError, match="topology"):
+      chips.parse(text)
+  with pytest.raises(ValueError, match="slices=0"):
+    chips.parse("v5e:2x2", slices=0)
+
+
+def test_collectives_are_counted_with_their_loops():
+  found = {c.kind: c for c in hlo.collectives(HLO)}
+  gather = found["all-gather"]
+  assert (gather.times, gather.group, gather.bytes) == (30, 2, 16 * 64 * 2)
+  assert gather.shape == (16, 64) and gather.op.endswith("body/dot")
+  assert gather.moved == 16 * 64 * 2 / 2
+  reduce = found["all-reduce"]
+  assert (reduce.times, reduce.group) == (1, 4)
+  assert reduce.moved == 2 * 16 * 3 / 4
+  assert found["collective-permute"].times is None
+
+  totals = hlo.totals(list(found.values()))
+  assert totals["all-gather"]["gib"] == pytest.approx(30 * 1024 / 2**30)
+  assert totals["collective-permute"]["gib"] is None  # not a number too small
+
+
+def test_flops_are_those_of_a_hand_count():
+  config = default()
+  config.batch_rows, config.data.row_length = 4, 1024
+  config.model.path, config.model.size = "", "smollm2_135m"
+  model, _ = reward.make(config.model)
+  layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+  assert roofline.kernel_parameters(model) == layer
+  tokens = 4 * 1024
+  attention = 4 * tokens * 1024 * 576
+  counted = roofline.flops(config, model)
+  assert counted.model == pytest.approx(
+    30 * (6 * layer * tokens + 3 * attention / 2)
+  )
+  # Layers are computed again, and the dense products have no mask to skip.
+  assert counted.hardware == pytest.approx(
+    30 * (8 * layer * tokens + 4 * attention)
+  )
+  config.model.lora_rank = 8
+  config.model.remat = "none"
+  adapted, _ = reward.make(config.model)
+  assert roofline.flops(config, adapted).model == pytest.approx(
+    30 * (4 * layer * tokens + 3 * attention / 2)
+  )
+
+
+@pytest.mark.parametrize("name", sizes.SIZES)
+def test_named_sizes_are_backbones(name):
+  made = Architecture.from_config(sizes.size(name))
+  assert made.heads % made.kv_heads == 0
+  billions = made.layers * (
+    made.width * made.head_dim * (2 * made.heads + 2 * made.kv_heads)
+    + 3 * made.width * made.ffn
+  ) + made.vocab_size * made.width * (1 if made.tied else 2)
+  said = {"smollm2_135m": 0.1345, "qwen3_4b": 4.02, "llama3_8b": 8.03}
+  said["llama3_70b"] = 70.55
+  assert billions / 1e9 == pytest.approx(said[name], rel=2e-3)
+
+
+def test_an_unknown_size_and_absent_weights_are_told():
+  with pytest.raises(ValueError, match="'llama9': use one of smollm2_135m"):
+    sizes.size("llama9")
+  config = default()
+  config.model.path, config.model.size = "", "smollm2_135m"
+  _, load = reward.make(config.model)
+  with pytest.raises(ValueError, match="--config.model.path=FOLDER"):
+    load(jax.random.key(0))
+
+
+def _devices(slices: int, each: int):
+  return [
+    SimpleNamespace(id=s * each + i, slice_index=s, process_index=0,
+                    platform="gpu", device_kind="described")
+    for s in range(slices) for i in range(each)
+  ]  # fmt: skip
+
+
+def test_each_slice_holds_whole_replicas():
+  mesh = sharding.make_mesh(replica=4, fsdp=2, devices=_devices(2, 4))
+  where = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+  assert (where == np.array([0, 0, 1, 1])[:, None, None]).all()
+  assert len({d.id for d in mesh.devices.flat}) == 8
+  with pytest.raises(ValueError, match="replica = 1 on 2 slices"):
+    sharding.make_mesh(devices=_devices(2, 4))
+
+
+def test_what_the_compiler_says_of_memory_is_understood():
+  for text, needed in (
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory "
+     "in memory space hbm. Used 34.46G of 15.75G hbm.", 34.46),
+    ("CompileTimeHbmOom: 512.0M exceeds 15.75G", 0.5),
+  ):  # fmt: skip
+    made = ahead._misfit(RuntimeError(text))
+    assert isinstance(made, ahead.DoesNotFit)
+    assert made.needed == pytest.approx(needed)
+  other = RuntimeError("INTERNAL: something else")
+  assert ahead._misfit(other) is other
+
+
+def test_candidates_fill_every_data_shard():
+  config = default()
+  config.batch_rows = 32
+  topology = chips.parse("v5e:4x4")
+  made = list(advise.candidates(config, topology))
+  assert made
+  for one in made:
+    mesh = one.mesh
+    assert mesh.replica * mesh.fsdp * mesh.tensor == topology.chips
+    assert (
+      config.batch_rows % (mesh.replica * mesh.fsdp * one.microbatches) == 0
+    )
+  assert config.microbatches == 1  # the recipe itself stays
+  config.batch_rows = 3
+  with pytest.raises(ValueError, match="fills no mesh"):
+    advise.advise(config, topology)
+
+
+def test_best_comes_first():
+  def made(fits, bound=1.0, total=1.0, needed=None):
+    found = {"fits": fits, "needed": needed, "remat": "none"}
+    found |= {"microbatches": 1, "mesh": {"replica": 1, "fsdp": 2, "tensor": 1}}
+    if fits:
+      found |= {"memory": {"total": total}, "seconds": {"bound": bound}}
+    return found
+
+  tried = [
+    made(False, needed=99.0), made(True, 2.0, 1.0), made(True, 1.0, 9.0),
+    made(True, 1.001, 3.0), made(False, needed=20.0),
+  ]  # fmt: skip
+  ranked = sorted(tried, key=advise._rank)
+  assert [r.get("memory", {}).get("total") for r in ranked[:3]] == [3, 9, 1]
+  assert [r["needed"] for r in ranked[3:]] == [20.0, 99.0]
+  lines = advise.table(ranked).splitlines()
+  assert len(lines) == 7 and lines[2].endswith("| yes |")
+
+
+def compile_for(tmp_path, *args):
+  """Runs launch/compile.py; (exit code, stdout + stderr, report)."""
+  output = tmp_path / "report.json"
+  done = subprocess.run(
+    [sys.executable, ROOT / "launch" / "compile.py", f"--output={output}",
+     *args],
+    env={**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  report = json.loads(output.read_text()) if output.is_file() else None
+  return done.returncode, done.stdout + done.stderr, report
+
+
+def test_bad_machines_are_told_in_a_line(tmp_path):
+  recipe = f"--config={ROOT / 'configs' / 'tiny.py'}"
+  code, said, _ = compile_for(tmp_path, recipe, "--topology=v9:2x2")
+  assert code == 2 and "KIND one of v4" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason='no TPU compiler here: pip install "csrm_jax[tpu]"',
+)
+def test_a_recipe_compiles_for_a_tpu(tmp_path):
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text(
+    textwrap.dedent("""\
+      from csrm_jax.config import default
+
+      def get_config():
+        c = default()
+        c.batch_rows = 8
+        c.model.path = ""
+        c.model.size = "smollm2_135m"
+        c.mesh.fsdp = 2
+        c.mesh.tensor = 2
+        return c
+      """)
+  )
+  code, said, report = compile_for(
+    tmp_path, f"--config={recipe}", "--topology=v5e:2x2"
+  )
+  assert code == 0, said
+  assert "Involuntary full rematerialization" not in said
+  memory = report["memory"]
+  # Parameters and two moments over four chips; tables keep a little padding.
+  config = runpy.run_path(str(recipe))["get_config"]()
+  held = memory["parameters"] + memory["moments"]
+  assert held == pytest.approx(report["state_gib"], rel=0.05)
+  assert report["collectives"]["all-gather"]["instructions"] > 0
+  assert config.batch_rows == report["batch_rows"]
