@@ -136,8 +136,10 @@ def restore_params(
   Raises:
     ValueError: no checkpoint there.
   """
-  manager = open_manager(workdir, read_only=True, alone=shardings is None)
-  with _quietly(), manager:
+  with (
+    _quietly(),
+    open_manager(workdir, read_only=True, alone=shardings is None) as manager,
+  ):
     step = manager.latest_step() if step is None else step
     if step is None:
       raise ValueError(f"{workdir}/checkpoints: empty; train first")
