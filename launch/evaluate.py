@@ -5,12 +5,13 @@ python launch/evaluate.py --model=runs/demo \
 
 Writes the report and, beside it, a page (.html), rows.jsonl (a line per row and
 judge), reliability.png, flips.png and training.png; with --probe also
-probes.md, the judges side by side; prints a table.
+probes.md, the judges side by side; prints a table. Of several processes the
+first evaluates, on one of its devices, and the others wait.
 """
 
 import argparse
 
-from csrm_jax import errors
+from csrm_jax import errors, hosts, peers
 
 
 def main() -> None:
@@ -70,6 +71,8 @@ def main() -> None:
   parser.add_argument(
     "--seed", type=int, default=0, help="of synthetic suites and resamples"
   )
+  for name, (kind, meaning) in hosts.FLAGS.items():
+    parser.add_argument(f"--{name}", type=kind, help=meaning)
   flags = parser.parse_args()
   for name, example in (
     ("model", "--model=runs/demo"),
@@ -81,23 +84,28 @@ def main() -> None:
   for name in ("rows", "probe", "bootstrap"):
     if getattr(flags, name) < 0:
       parser.error(f"--{name}={getattr(flags, name)}: give 0 or more")
-  with errors.told():
-    from csrm_jax.eval import run
+  place = {name: getattr(flags, name) for name in hosts.FLAGS}
+  with errors.told(), peers.joined(**place), errors.told():
+    peers.first("evaluation", lambda: write_report(flags))
 
-    report = run.evaluate(
-      flags.model,
-      flags.suite,
-      data=flags.data,
-      output=flags.output,
-      judge_names=[n.strip() for n in flags.judges.split(",") if n.strip()],
-      train_rows=flags.train_rows,
-      rows=flags.rows,
-      protocol=[n.strip() for n in flags.protocol.split(",") if n.strip()],
-      probe=flags.probe,
-      bootstrap=flags.bootstrap,
-      seed=flags.seed,
-    )
-    print(run.table(report))
+
+def write_report(flags: argparse.Namespace) -> None:
+  from csrm_jax.eval import run
+
+  report = run.evaluate(
+    flags.model,
+    flags.suite,
+    data=flags.data,
+    output=flags.output,
+    judge_names=[n.strip() for n in flags.judges.split(",") if n.strip()],
+    train_rows=flags.train_rows,
+    rows=flags.rows,
+    protocol=[n.strip() for n in flags.protocol.split(",") if n.strip()],
+    probe=flags.probe,
+    bootstrap=flags.bootstrap,
+    seed=flags.seed,
+  )
+  print(run.table(report))
   print(f"wrote {flags.output}")
 
 

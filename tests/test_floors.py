@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "csrm_jax"
 
 FLOORS = {
   "types": 0, "config": 0, "spec": 0, "markdown": 0, "errors": 0,
+  "hosts": 0, "peers": 0,
   "losses": 1, "metrics": 1, "sharding": 1, "checkpoint": 1, "model": 1,
   "data": 1,
   "score": 2,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from csrm_jax import checkpoint, sharding
+from csrm_jax import checkpoint, peers, sharding
 from csrm_jax.config import Config, default
 from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
@@ -44,6 +43,9 @@ _SKIPS_ALLOWED = 3  # non-finite steps in a row that stop a run
 def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
   """Trains as `config` says, resuming the workdir's newest checkpoint.
 
+  Of several processes (`peers.joined`) each must call it, on a workdir that all
+  see; process 0 prepares, logs and calibrates.
+
   Args:
     config: of `config.default()`.
     workdir: receives data/, checkpoints/, metrics.jsonl, TensorBoard events,
@@ -54,18 +56,27 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     early (state is saved).
 
   Raises:
-    ValueError: the workdir holds another recipe; batch and mesh do not fit.
+    ValueError: the workdir holds another recipe; batch and mesh do not fit;
+      processes differ in what they were given or see.
     FloatingPointError: three steps in a row were not finite.
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  _check_recipe(config, workdir)
+  peers.agree("config", json.dumps(config.to_dict(), sort_keys=True))
+  peers.first("recipe", lambda: _check_recipe(config, workdir))
   tokenizer = load_tokenizer(config)
-  data = preparation.ensure(config, workdir, tokenizer)
+  data = Path(
+    peers.first(
+      "preparation", lambda: str(preparation.ensure(config, workdir, tokenizer))
+    )
+  )
+  peers.agree("prepared rows", preparation.read_meta(data)["fingerprint"])
   model, load_params = make_model(config, tokenizer)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_rows(config.batch_rows, config.microbatches, mesh)
-  _write_recipe(config, workdir, model, tokenizer)
+  peers.first(
+    "description", lambda: _write_recipe(config, workdir, model, tokenizer)
+  )
   optimizer = make_optimizer(config)
 
   with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as saved:
@@ -84,15 +95,22 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     state, stopped = _run(config, workdir, data, mesh, saved, state, step)
     checkpoint.save(saved, int(state.step), state)
     saved.wait_until_finished()
-  result = _summary(workdir, state)
+  counters = _counters(state)
+  result = peers.first("summary", lambda: counters | _logged(workdir))
   if stopped:
-    print(f"stopped at step {int(state.step)}; saved, run again to go on")
+    if peers.is_first():
+      print(f"stopped at step {result['step']}; saved, run again to go on")
     return result
   result["params_sha256"] = checkpoint.params_sha256(state.params)
   del state
-  result |= calibrate.calibrate_workdir(workdir, data / "heldout.jsonl")
-  _write_json(workdir / "result.json", result)
-  return result
+
+  def finish() -> dict[str, Any]:
+    heldout = data / "heldout.jsonl"
+    whole = result | calibrate.calibrate_workdir(workdir, heldout)
+    _write_json(workdir / "result.json", whole)
+    return whole
+
+  return peers.first("calibration", finish)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -152,6 +170,7 @@ def _start(
   shape = jax.eval_shape(fresh, params_shape)
   held = sharding.shardings(shape, mesh)
   latest = saved.latest_step()
+  peers.agree("newest checkpoint", str(latest))
   if latest is not None:
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -164,7 +183,10 @@ def _start(
 
 
 def _run(config, workdir, data, mesh, saved, state, step):
-  """Steps to the end or to SIGTERM; returns (state, whether stopped)."""
+  """Steps to the end or to SIGTERM; returns (state, whether stopped).
+
+  Every process takes every step; losses are sums over all of them.
+  """
   rows = loader.open_rows(data, seed=config.seed)
   rate = optimizers.schedule(
     lr=config.optimizer.lr,
@@ -173,13 +195,21 @@ def _run(config, workdir, data, mesh, saved, state, step):
     final_lr=config.optimizer.final_lr,
   )
   first = int(state.step)
-  spent = _trim_log(workdir / "metrics.jsonl", first)
+  spent = 0.0
+  if peers.is_first():
+    spent = _trim_log(workdir / "metrics.jsonl", first)
   began = mark = time.perf_counter()
   tokens, last_logged = 0.0, first
   with (
     _log(workdir) as log,
-    _on_sigterm() as terminated,
-    tqdm(total=config.steps, initial=first, desc="train", unit="step") as bar,
+    peers.preempted() as preempted,
+    tqdm(
+      total=config.steps,
+      initial=first,
+      desc="train",
+      unit="step",
+      disable=not peers.is_first(),
+    ) as bar,
   ):
     for k in range(first, config.steps):
       batch = loader.batch_at(
@@ -210,7 +240,7 @@ def _run(config, workdir, data, mesh, saved, state, step):
         mark, tokens, last_logged = now, 0.0, k + 1
       if (k + 1) % config.checkpoint_every == 0:
         checkpoint.save(saved, k + 1, state)
-      if terminated:
+      if preempted(k + 1):
         return state, k + 1 < config.steps
   return state, False
 
@@ -218,7 +248,7 @@ def _run(config, workdir, data, mesh, saved, state, step):
 @contextmanager
 def _log(workdir: Path) -> Iterator[Any]:
   """A function that appends one line of metrics to both logs."""
-  if jax.process_index() != 0:
+  if not peers.is_first():
     yield lambda line: None
     return
   from tensorboardX import SummaryWriter  # imports torch where it finds it
@@ -256,32 +286,19 @@ def _trim_log(path: Path, step: int) -> float:
   return kept[-1]["seconds"] if kept else 0.0
 
 
-@contextmanager
-def _on_sigterm() -> Iterator[list[int]]:
-  """A list that is non-empty once SIGTERM came: preemption is announced so."""
-  came: list[int] = []
-  try:
-    before = signal.signal(signal.SIGTERM, lambda n, _: came.append(n))
-  except ValueError:  # not in the main thread, so signals go elsewhere
-    yield came
-    return
-  try:
-    yield came
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def _summary(workdir: Path, state: TrainState) -> dict[str, Any]:
-  text = (workdir / "metrics.jsonl").read_text().splitlines()
-  lines = [json.loads(line) for line in text]
-  last = lines[-10:]
+def _counters(state: TrainState) -> dict[str, Any]:
   return {
     "step": int(state.step),
-    "loss": float(np.mean([line["loss"] for line in last])),
     "tokens": float(state.tokens),
-    "seconds": lines[-1]["seconds"],
     "skipped": int(state.skipped),
   }
+
+
+def _logged(workdir: Path) -> dict[str, Any]:
+  text = (workdir / "metrics.jsonl").read_text().splitlines()
+  lines = [json.loads(line) for line in text]
+  last = [line["loss"] for line in lines[-10:]]
+  return {"loss": float(np.mean(last)), "seconds": lines[-1]["seconds"]}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -326,8 +343,6 @@ def _write_recipe(config, workdir, model: RewardModel, tokenizer) -> None:
   Raises:
     ValueError: the workdir's model was trained on another prompt template.
   """
-  if jax.process_index() != 0:
-    return
   path = workdir / "model.json"
   described = reward.describe(model)
   described["template_fingerprint"] = template.fingerprint(tokenizer)
