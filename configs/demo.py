@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 600
+  c.steps = 700
   c.batch_rows = 2
-  c.checkpoint_every = 150
+  c.checkpoint_every = 175
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   # Adapters on all layers beat the upper layers themselves; docs/decisions.md.
@@ -22,7 +22,7 @@ def get_config():
   # Pairs of specs teach a model to read its spec; see docs/decisions.md.
   c.loss.spec = 1.0
   c.loss.resp = 0.3
-  c.data.examples = 600
+  c.data.examples = 700
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48

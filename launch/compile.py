@@ -37,7 +37,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report")
 def main(_):
   config = _CONFIG.value
   with errors.told():
-    topology = chips.parse(_TOPOLOGY.value, _SLICES.value)
+    topology = chips.parse(str(_TOPOLOGY.value), _SLICES.value)
     if _ADVISE.value:
       tried = advise.advise(config, topology, most=_MOST.value)
       print(advise.table(tried))

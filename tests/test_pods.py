@@ -132,7 +132,7 @@ def test_an_unknown_size_and_absent_weights_are_told():
   config = default()
   config.model.path, config.model.size = "", "smollm2_135m"
   _, load = reward.make(config.model)
-  with pytest.raises(ValueError, match="--config.model.path=FOLDER"):
+  with pytest.raises(ValueError, match=r"--config\.model\.path=FOLDER"):
     load(jax.random.key(0))
 
 

@@ -121,7 +121,7 @@ def program(config: Config, devices: list[Any]) -> Program:
   )
   rows = sharding.batch_sharding(mesh)
 
-  def field(name: str) -> jax.ShapeDtypeStruct:
+  def field(name: str) -> Any:
     kind, shape = layout[name].subdtype or (layout[name], ())
     whole = (config.batch_rows, *shape)
     return jax.ShapeDtypeStruct(whole, kind, sharding=rows)
@@ -172,7 +172,7 @@ def compile_program(config: Config, made: Program, name: str) -> Compiled:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     raise _misfit(error) from error
-  measured = done.memory_analysis()
+  measured: Any = done.memory_analysis()
   parameters, moments = (
     bytes_a_chip(state.params),
     bytes_a_chip(state.opt_state),
