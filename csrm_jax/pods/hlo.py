@@ -116,8 +116,11 @@ def totals(found: list[Collective]) -> dict[str, dict[str, float | None]]:
     if not some:
       continue
     known = all(c.times is not None for c in some)
-    sent = sum(c.moved * (c.times or 0) for c in some) / 2**30
-    by_kind[kind] = {"instructions": len(some), "gib": sent if known else None}
+    sent = sum((c.moved * (c.times or 0) for c in some), 0.0) / 2**30
+    by_kind[kind] = {
+      "instructions": float(len(some)),
+      "gib": sent if known else None,
+    }
   return by_kind
 
 

@@ -108,7 +108,7 @@ def text(found: dict[str, Any]) -> str:
     sent = total["gib"]
     sent = "length of a loop unknown" if sent is None else f"{sent:.3f} GiB"
     lines.append(
-      f"    {kind:20s} {total['instructions']:4d} in the text, {sent}"
+      f"    {kind:20s} {total['instructions']:4.0f} in the text, {sent}"
     )
   if "seconds" in found:
     counted, took = found["flops"], found["seconds"]
