@@ -1,5 +1,6 @@
 """Programs compiled for machines that are not here."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -136,12 +136,21 @@ def test_an_unknown_size_and_absent_weights_are_told():
     load(jax.random.key(0))
 
 
+@dataclasses.dataclass(frozen=True)
+class Described:
+  """As much of a device as a mesh looks at."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "described"
+
+
 def _devices(slices: int, each: int):
   return [
-    SimpleNamespace(id=s * each + i, slice_index=s, process_index=0,
-                    platform="gpu", device_kind="described")
-    for s in range(slices) for i in range(each)
-  ]  # fmt: skip
+    Described(s * each + i, s) for s in range(slices) for i in range(each)
+  ]
 
 
 def test_each_slice_holds_whole_replicas():
