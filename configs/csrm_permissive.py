@@ -1,6 +1,6 @@
 """The adapter that ships: LoRA on permissively licensed sets and our world.
 
-Cost: not measured yet; nor is the learning rate, which is a guess.
+Cost: 2 CPU cores, 71 min beside other work; figures in benchmarks/quality.
 Needs --config.data.path=FOLDER of the sets. Afterwards:
 launch/export.py --model=WORKDIR --output=DIR --format=adapter
 """

@@ -10,6 +10,7 @@ _METRICS = (
   "f1_safe",
   "flip_recall",
   "spurious_flips",
+  "preference_accuracy",
   "ece",
   "smece",
   "brier",
