@@ -20,10 +20,9 @@ from csrm_jax import hosts
 # closed connection), so waiting for a living one may take long.
 HEARTBEAT_SECONDS = 60  # silent for so long: lost, and all others end
 START_SECONDS = 300  # until every process has come
-WAIT_SECONDS = (
-  24 * 3600
-)  # for the work of process 0, data preparation above all
+WAIT_SECONDS = 24 * 3600  # for the work of process 0: preparation above all
 ANSWER_SECONDS = 10  # for the roll call after a failure
+LINGER_SECONDS = 5  # that process 0 outlives a failure by
 
 AGAIN = 75  # exit code (EX_TEMPFAIL): not finished, start all processes again
 
@@ -104,9 +103,15 @@ def _start(place: hosts.Place, heartbeat_seconds: int) -> None:
 
 
 def _leave(code: int) -> None:
-  """Ends this process; an orderly exit would wait for the lost ones."""
+  """Ends this process; an orderly exit would wait for the lost ones.
+
+  With process 0 goes the service, and JAX then aborts whoever is left: it stays
+  until the others have had time to say why they end.
+  """
   sys.stdout.flush()
   sys.stderr.flush()
+  if is_first():
+    time.sleep(LINGER_SECONDS)
   os._exit(code)
 
 
