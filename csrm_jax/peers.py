@@ -37,8 +37,8 @@ def joined(
 ) -> Iterator[None]:
   """Makes this process one of a run's; must enclose all use of JAX.
 
-  A process that fails ends at once, without waiting for the others; they
-  notice within `heartbeat_seconds`, and end too. Leaving by `sys.exit(AGAIN)`,
+  A process that fails ends without waiting for the others (process 0 after
+  LINGER_SECONDS); they notice within `heartbeat_seconds`, and end too. Leaving by `sys.exit(AGAIN)`,
   as all do after SIGTERM, is no failure.
 
   Args:
