@@ -1,7 +1,7 @@
 """The recipe that `benchmarks/ablation.py` varies. Cost: 2 CPU cores.
 
-Not run yet: some 15 minutes a row of the table by the demo's 1.5 to 1.8 s a step of
-two thirds of the tokens, and a few more to evaluate it.
+Not run yet: some 15 minutes a row of the table, by the demo's 1.5 to 1.8 s
+for a step of two thirds of the tokens, and a few more to evaluate it.
 """
 
 from csrm_jax.config import default

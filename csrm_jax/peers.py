@@ -38,8 +38,8 @@ def joined(
   """Makes this process one of a run's; must enclose all use of JAX.
 
   A process that fails ends without waiting for the others (process 0 after
-  LINGER_SECONDS); they notice within `heartbeat_seconds`, and end too. Leaving by `sys.exit(AGAIN)`,
-  as all do after SIGTERM, is no failure.
+  LINGER_SECONDS); they notice within `heartbeat_seconds`, and end too. Leaving
+  by `sys.exit(AGAIN)`, as all do after SIGTERM, is no failure.
 
   Args:
     coordinator: see `hosts.detect`, as for the next two.
