@@ -8,9 +8,9 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 700
+  c.steps = 560
   c.batch_rows = 2
-  c.checkpoint_every = 175
+  c.checkpoint_every = 140
   c.keep_checkpoints = 1
   c.model.path = "smollm2"
   # Adapters on all layers beat the upper layers themselves; docs/decisions.md.
