@@ -1,4 +1,4 @@
-"""As the demo, with more groups. Cost: 2 CPU cores, about 70 min (reckoned).
+"""As the demo, with more groups. Cost: 2 CPU cores, about an hour.
 
 Stops and resumes at its checkpoints.
 """
@@ -8,7 +8,7 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 2400
+  c.steps = 1800
   c.batch_rows = 2
   c.checkpoint_every = 200
   c.keep_checkpoints = 1
@@ -21,7 +21,7 @@ def get_config():
   c.optimizer.lr = 1e-3
   c.loss.spec = 1.0
   c.loss.resp = 0.3
-  c.data.examples = 2400
+  c.data.examples = 1200
   c.data.row_length = 512
   c.data.slots = 24
   c.data.pairs = 48
