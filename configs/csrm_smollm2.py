@@ -26,7 +26,8 @@ def get_config():
   c.data.source = (
     "polyguard:4500,beavertails:1300,beavertails_augmented:300,pku_pairs:600,"
     "saferlhf_responses:400,diasafety:400,harmbench_responses:150,"
-    "pyrit_scored:150,rbr_gold_train:100,hh_harmless:200,synthetic:120"
+    "pyrit_scored:150,rbr_gold_train:100,hh_harmless:200,answering:250,"
+    "synthetic:120"
   )
   c.data.row_length = 768
   c.data.slots = 36

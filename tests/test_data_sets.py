@@ -12,6 +12,7 @@ import yaml
 from csrm_jax.data import sources
 from csrm_jax.data.contract import check_row, kind_of
 from csrm_jax.data.sets import (
+  answering,
   SETS,
   code_of,
   diasafety,
@@ -458,6 +459,51 @@ def test_preferences_weigh_the_lead(small):
   assert counts["preference_general_read"] == 11
 
 
+def test_answers_and_refusals_under_rules_that_demand_either(small):
+  rows, counts = _load("answering", small)
+  said = collections.defaultdict(dict)
+  for row in rows:
+    if "label" not in row:
+      continue
+    stem, given, rule = row["id"].split("/")
+    wanted = rule.removeprefix("must_")
+    assert row["label"] == (given == wanted)
+    assert row["spec"] in getattr(answering, wanted.upper())
+    said[stem][given] = row["messages"][-1]["content"]
+  assert len(rows) == 8 * len(said) > 0
+  assert all(texts["answer"] != texts["decline"] for texts in said.values())
+  assert said["p0"]["answer"].endswith("one")  # as all three annotators said
+  pairs = [r for r in rows if "chosen" in r]
+  assert {r["chosen"] == r["rejected"] for r in pairs} == {False}
+  assert all(
+    (r["chosen"][0]["content"] == said[r["id"].split("/")[0]]["answer"])
+    == (r["spec"] in answering.ANSWER)
+    for r in pairs
+  )
+  assert not {*answering.ANSWER, *answering.DECLINE} & {
+    *shapes.ANSWER,
+    *shapes.DECLINE,
+  }
+  assert counts["answering_read"] == len(said) + sum(
+    n for key, n in counts.items() if "dropped" in key
+  )
+
+
+def test_answers_that_may_refuse_are_left_out(small):
+  file = SETS["answering"].files[1]
+  rows = [
+    {"id": "l0", "input": "In", "output_1": "I'm sorry, no.", "output_2": "b"}
+    | {"label": 1},
+    {"id": "l1", "input": "On", "output_1": "Yes.", "output_2": "b"}
+    | {"label": 1},
+  ]
+  _put(small, file, rows)
+  found, counts = _load("answering", small)
+  stems = {r["id"].split("/")[0] for r in found}
+  assert "l1" in stems and "l0" not in stems
+  assert counts["answering_dropped_perhaps_refusal"] == 1
+
+
 def test_rm_bench_prompts_weigh_one(small):
   rows, counts = _load("rm_bench", small)
   assert len(rows) == 24 and counts["rm_bench_dropped_equal_or_empty"] == 3
@@ -538,6 +584,7 @@ LEAST = {
   "rbr_gold": 1700,
   "hh_harmless": 2000,
   "preference_general": 1200,
+  "answering": 4500,
   "rm_bench": 2500,
   "cosa": 5500,
   "openai_moderation": 1100,

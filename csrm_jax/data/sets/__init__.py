@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from csrm_jax.data.contract import Row, find
 from csrm_jax.data.sets import (
+  answering,
   beavertails,
   cosa,
   diasafety,
@@ -50,12 +51,14 @@ class Set(NamedTuple):
     make: rows out of the folder, the seed, and a dict that receives counts.
     licence: of the data.
     commercial: whether the licence permits commercial use.
+    base: another set whose rows this one is made from.
   """
 
   files: tuple[str, ...]
   make: Make
   licence: str
   commercial: bool
+  base: str = ""
 
 
 _NC, _BY, _APACHE = "CC BY-NC 4.0", "CC BY 4.0", "Apache-2.0"
@@ -93,6 +96,13 @@ SETS: Mapping[str, Set] = {
     preference_general.rows,
     "Apache-2.0; MIT",
     True,
+  ),
+  "answering": Set(
+    answering.FILES,
+    answering.rows,
+    "Apache-2.0; MIT",
+    True,
+    base="preference_general",
   ),
   "rm_bench": Set(rm_bench.FILES, rm_bench.rows, "ODC-BY", True),
   "cosa": Set(cosa.FILES, cosa.rows, "MIT; prompts CC BY-NC 4.0", False),
@@ -143,9 +153,10 @@ def _file(make: Make) -> str:
 
 
 def code_of(name: str) -> list[Path]:
-  """Source files that the rows of a set depend on: its own, and shared ones."""
+  """Source files that rows of a set depend on: its own, its base's, shared."""
   own = {_file(found.make): key for key, found in SETS.items()}
-  mine = _file(SETS[name].make)
+  names = filter(None, (name, SETS[name].base))
+  mine = {_file(SETS[n].make) for n in names}
   here = Path(__file__).parent
   files = {str(p) for p in here.glob("*.py") if p.name != "__init__.py"}
-  return sorted(map(Path, files - own.keys() | {mine}))
+  return sorted(map(Path, files - own.keys() | mine))
