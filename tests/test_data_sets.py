@@ -12,8 +12,8 @@ import yaml
 from csrm_jax.data import sources
 from csrm_jax.data.contract import check_row, kind_of
 from csrm_jax.data.sets import (
-  answering,
   SETS,
+  answering,
   code_of,
   diasafety,
   hh_harmless,
