@@ -1,6 +1,6 @@
 """SmolLM2-135M on real rows from --config.data.path. Cost: 2 CPU cores.
 
-About 3 s a step, one pass: 1 h 15 min, reckoned. Several of the sets are
+About 3 s a step, one pass: 2 hours, reckoned. Several of the sets are
 non-commercial, see docs/data.md. Other sources:
 --config.data.source=beavertails, pku_pairs, polyguard, "mixture" for these
 three, or any set of docs/data.md.
@@ -11,7 +11,7 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 1500
+  c.steps = 2400
   c.batch_rows = 2
   c.checkpoint_every = 50
   c.model.path = "smollm2"
@@ -24,10 +24,10 @@ def get_config():
   c.loss.spec = 1.0
   c.loss.resp = 0.3
   c.data.source = (
-    "polyguard:4500,beavertails:1300,beavertails_augmented:300,pku_pairs:600,"
-    "saferlhf_responses:400,diasafety:400,harmbench_responses:150,"
-    "pyrit_scored:150,rbr_gold_train:100,hh_harmless:200,answering:250,"
-    "synthetic:120"
+    "polyguard:7500,beavertails:2000,beavertails_augmented:450,pku_pairs:1000,"
+    "saferlhf_responses:600,diasafety:600,harmbench_responses:200,"
+    "pyrit_scored:200,rbr_gold_train:150,hh_harmless:300,answering:350,"
+    "synthetic:200"
   )
   c.data.row_length = 768
   c.data.slots = 36

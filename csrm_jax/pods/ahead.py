@@ -45,6 +45,7 @@ class Memory(NamedTuple):
   parameters: float
   moments: float
   batch: float
+  padding: float  # of arguments, as the compiler lays them out
   temporaries: float
   outputs: float  # beyond the donated state
   code: float
@@ -55,11 +56,19 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-  """What a compiled program says of itself."""
+  """What a compiled program says of itself.
+
+  Attributes:
+    memory: of a chip.
+    arguments: GiB of a chip that the compiler gives to all arguments.
+    collectives: of a step.
+    text: optimised HLO.
+  """
 
   memory: Memory
+  arguments: float
   collectives: list[hlo.Collective]
-  text: str  # optimised HLO
+  text: str
 
 
 class Program(NamedTuple):
@@ -177,18 +186,20 @@ def compile_program(config: Config, made: Program, name: str) -> Compiled:
     bytes_a_chip(state.params),
     bytes_a_chip(state.opt_state),
   )
+  batch = bytes_a_chip(made.batch)
   text = done.as_text() or ""
   given = measured.argument_size_in_bytes
   memory = Memory(
     parameters=parameters / GIB,
     moments=moments / GIB,
-    batch=max(0, given - parameters - moments) / GIB,
+    batch=batch / GIB,
+    padding=(given - parameters - moments - batch) / GIB,
     temporaries=measured.temp_size_in_bytes / GIB,
     outputs=max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
     / GIB,
     code=measured.generated_code_size_in_bytes / GIB,
   )
-  return Compiled(memory, hlo.collectives(text), text)
+  return Compiled(memory, given / GIB, hlo.collectives(text), text)
 
 
 def bytes_a_chip(tree: Any) -> int:
@@ -197,6 +208,23 @@ def bytes_a_chip(tree: Any) -> int:
     int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
   )
+
+
+def even_share(tree: Any, mesh: Mesh) -> float:
+  """Bytes a chip would hold if all of a tree lay over fsdp and tensor."""
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  return whole / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+
+
+def stacked_gathers(
+  collectives: list[hlo.Collective], layers: int
+) -> list[hlo.Collective]:
+  """Gathers of kernels of all layers at once; a scan should have none."""
+  return [
+    c
+    for c in collectives
+    if c.kind == "all-gather" and len(c.shape) > 2 and c.shape[0] == layers
+  ]
 
 
 def _placed(shape: Any, place: Any) -> jax.ShapeDtypeStruct:

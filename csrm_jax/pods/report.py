@@ -19,14 +19,19 @@ def measure(
   """Compiles a recipe and says what it needs; JSON-ready.
 
   Returns:
-    `fits`, and where it does: `memory` (GiB a chip by kind), `collectives` (by
-    kind: instructions, GiB sent a chip and step, or null), and for the training
-    step `flops` and `seconds` (each resource alone, and their maximum).
+    `fits`, `state_gib` (parameters and moments of a chip, by their placing) and
+    `even_gib` (all of them over fsdp x tensor). Where it fits: `memory` (GiB a
+    chip by kind), `arguments_gib` (state and batch as the compiler has them),
+    `collectives` (by kind: instructions, GiB sent a chip and step, or null),
+    `stacked_gathers` (gathers of kernels of all layers at once), and for the
+    training step `flops` and `seconds` (each resource alone, and their
+    maximum).
 
   Raises:
     ValueError: recipe, mesh and machine do not go together.
   """
   made = ahead.program(config, ahead.describe(topology))
+  state = (made.state.params, made.state.opt_state)
   found: dict[str, Any] = {
     "topology": str(topology),
     "chips": topology.chips,
@@ -39,8 +44,8 @@ def measure(
     "row_length": config.data.row_length,
     "microbatches": config.microbatches,
     "hbm_gib": topology.chip.hbm,
-    "state_gib": ahead.bytes_a_chip((made.state.params, made.state.opt_state))
-    / ahead.GIB,
+    "state_gib": ahead.bytes_a_chip(state) / ahead.GIB,
+    "even_gib": ahead.even_share(state, made.mesh) / ahead.GIB,
   }
   try:
     done = ahead.compile_program(config, made, program)
@@ -50,7 +55,11 @@ def measure(
   found |= {
     "fits": done.memory.total <= topology.chip.hbm,
     "memory": memory,
+    "arguments_gib": done.arguments,
     "collectives": hlo.totals(done.collectives),
+    "stacked_gathers": len(
+      ahead.stacked_gathers(done.collectives, made.model.architecture.layers)
+    ),
   }
   if program == "train":
     found |= _time(config, topology, made, done)
