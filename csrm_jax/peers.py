@@ -100,6 +100,12 @@ def _start(place: hosts.Place, heartbeat_seconds: int) -> None:
       f"cannot join the others: {error}; is process 0 up, and its port open? "
       "--coordinator=HOST:PORT --num_processes --process_id set it by hand"
     ) from error
+  from jax._src import distributed  # asking JAX itself would start devices
+
+  made = distributed.global_state
+  if made.process_id == 0:
+    where = f"the first at {made.coordinator_address}"
+    print(f"{place.found}: {made.num_processes} processes, {where}", flush=True)
 
 
 def _leave(code: int) -> None:

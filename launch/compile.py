@@ -63,4 +63,4 @@ def _write(found):
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "topology"])
-  app.run(main)
+  app.run(main, flags_parser=errors.parsed)

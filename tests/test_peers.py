@@ -18,6 +18,11 @@ from csrm_jax.model.names import flatten
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
+SMALL = (  # configs/tiny.py, 20 steps of 8 rows
+  f"--config.steps={STEPS}",
+  "--config.data.examples=16",
+  "--config.data.heldout=0.2",
+)
 PATIENCE = 900  # seconds; a bound on hangs, not on speed
 
 
@@ -74,15 +79,13 @@ def finish(processes, folder, *, code=0) -> None:
 
 
 def train(workdir, count, *flags, devices=1, **variables):
-  """configs/tiny.py, 20 steps of 8 rows."""
+  """The run of `SMALL` and these flags."""
   workdir.mkdir(exist_ok=True)
   command = [
     "launch/train.py",
     "--config=configs/tiny.py",
     f"--workdir={workdir}",
-    f"--config.steps={STEPS}",
-    "--config.data.examples=16",
-    "--config.data.heldout=0.2",
+    *SMALL,
     *flags,
   ]
   return start(command, count, devices=devices, folder=workdir, **variables)
