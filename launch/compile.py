@@ -2,7 +2,7 @@
 
 python launch/compile.py --config=configs/csrm_llama3_8b.py \
   --topology=v5p:4x4x4 [--slices=2] [--program=train|score] [--advise] \
-  [--output=FILE.json]
+  [--output=FILE.json] [--hlo=FILE.txt]
 
 Exit code 3: it does not fit. Needs libtpu (pip install "csrm_jax[tpu]") and no
 TPU.
@@ -31,6 +31,7 @@ _ADVISE = flags.DEFINE_bool(
   "advise", False, "search mesh, remat, micro-batches"
 )
 _MOST = flags.DEFINE_integer("most", 12, "compilations of --advise")
+_HLO = flags.DEFINE_string("hlo", None, "text file for the compiled program")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the report")
 
 
@@ -43,7 +44,9 @@ def main(_):
       print(advise.table(tried))
       _write(tried)
       sys.exit(0 if tried[0]["fits"] else 3)
-    found = report.measure(config, topology, _PROGRAM.value)
+    found = report.measure(
+      config, topology, str(_PROGRAM.value), hlo_file=_HLO.value
+    )
     print(report.text(found))
     if not found["fits"]:
       repaired = advise.nearest(config, topology)

@@ -1,6 +1,7 @@
 """What a compiled recipe needs, as data and as text."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from csrm_jax.config import Config
@@ -14,9 +15,19 @@ _ASSUMED = (
 
 
 def measure(
-  config: Config, topology: Topology, program: str = "train"
+  config: Config,
+  topology: Topology,
+  program: str = "train",
+  *,
+  hlo_file: str | None = None,
 ) -> dict[str, Any]:
   """Compiles a recipe and says what it needs; JSON-ready.
+
+  Args:
+    config: the recipe.
+    topology: the machine.
+    program: "train" or "score".
+    hlo_file: receives the optimised program's text.
 
   Returns:
     `fits`, `state_gib` (parameters and moments of a chip, by their placing) and
@@ -51,6 +62,8 @@ def measure(
     done = ahead.compile_program(config, made, program)
   except ahead.DoesNotFit as error:
     return found | {"fits": False, "why": str(error), "needed": error.needed}
+  if hlo_file:
+    Path(hlo_file).write_text(done.text, encoding="utf-8")
   memory = done.memory._asdict() | {"total": done.memory.total}
   found |= {
     "fits": done.memory.total <= topology.chip.hbm,
