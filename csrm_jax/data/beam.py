@@ -89,7 +89,8 @@ def run(
         pipeline
         | "parts" >> beam.Create([p for p in parts if not _is_augmented(p)])
         | "spread parts" >> beam.Reshuffle(),
-        functools.partial(_read, reading),
+        _read,
+        reading,
       )
     ]
     for name in dict.fromkeys(p.name for p in parts if _is_augmented(p)):
@@ -124,9 +125,7 @@ class _Steps:
   def single(self, name: str, function: Any, *args: Any) -> Any:
     """One value out of side inputs, itself a side input."""
     start = self.pipeline | f"start {name}" >> beam.Create([None])
-    return pvalue.AsSingleton(
-      self.flat(name, start, functools.partial(_of_none, function), *args)
-    )
+    return pvalue.AsSingleton(self.flat(name, start, function, *args))
 
   def write(self, prefix: str) -> None:
     """Every side output as lines of JSON: [field, item]."""
@@ -143,10 +142,6 @@ class _Steps:
       | "lines" >> beam.Map(json.dumps)
       | "write" >> beam.io.WriteToText(prefix, file_name_suffix=".jsonl")
     )
-
-
-def _of_none(function: Any, _: None, *args: Any) -> Iterator[Any]:
-  yield from function(*args)
 
 
 def _is_augmented(part: sources.Part) -> bool:
@@ -176,7 +171,7 @@ def _aside(key: Key, row: Any, reason: str) -> Any:
 # -- Rows -----------------------------------------------------------------
 
 
-def _read(reading: sources.Reading, part: sources.Part) -> Iterator[Any]:
+def _read(part: sources.Part, reading: sources.Reading) -> Iterator[Any]:
   counts: dict[str, int] = {}
   bad: list[tuple[Key, Any, str]] = []
   key: Key = (part.number, "", part.first << 24)
@@ -247,14 +242,18 @@ def _augmented(
     steps.pipeline
     | f"{name} parts" >> beam.Create(parts)
     | f"{name} spread" >> beam.Reshuffle(),
-    functools.partial(_conversations, reading),
+    _conversations,
+    reading,
   )
   broken = conversations | f"{name} broken" >> beam.Map(
     lambda row: (row.id, augment.broken(row, taxonomy))
   )
   plan = steps.single(
     f"{name} plan",
-    functools.partial(_plan, whole.number, taxonomy, options),
+    _plan,
+    whole.number,
+    taxonomy,
+    options,
     pvalue.AsList(broken),
   )
   prompts = (
@@ -262,36 +261,32 @@ def _augmented(
     | f"{name} prompt" >> beam.Map(lambda row: (augment.prompt_of(row), row))
     | f"{name} prompts" >> beam.GroupByKey()
   )
-  made = steps.flat(
-    f"{name} rows", prompts, functools.partial(_rows_of, name), plan
-  )
+  made = steps.flat(f"{name} rows", prompts, _rows_of, name, plan)
   tally = pvalue.AsSingleton(
     made
     | f"{name} tally" >> beam.MapTuple(lambda _, rows: balance.tally(rows))
     | f"{name} tallies" >> beam.CombineGlobally(_tallies)
   )
-  cuts = steps.single(
-    f"{name} cuts", functools.partial(_cuts, name, bounds), tally
-  )
-  rows = steps.flat(f"{name} thin", made, functools.partial(_thin, whole), cuts)
+  cuts = steps.single(f"{name} cuts", _cuts, name, bounds, tally)
+  rows = steps.flat(f"{name} thin", made, _thin, whole, cuts)
   if whole.limit and not whole.groups:
     kept = (
       rows
       | f"{name} families" >> beam.Map(lambda keyed: keyed[1]["family"])
-      | f"{name} least"
-      >> beam.CombineGlobally(functools.partial(_least, whole.limit))
+      | f"{name} least" >> beam.CombineGlobally(_least, whole.limit)
     )
     rows = steps.flat(
       f"{name} limit",
       rows,
-      functools.partial(_limited, name),
+      _limited,
+      name,
       pvalue.AsSingleton(kept),
     )
-  return steps.flat(f"{name} made", rows, functools.partial(_made, name))
+  return steps.flat(f"{name} made", rows, _made, name)
 
 
 def _conversations(
-  reading: sources.Reading, part: sources.Part
+  part: sources.Part, reading: sources.Reading
 ) -> Iterator[Any]:
   try:
     yield from sources.conversations(part, reading)
@@ -300,6 +295,7 @@ def _conversations(
 
 
 def _plan(
+  _: None,
   number: int,
   taxonomy: Any,
   options: dict[str, Any],
@@ -314,8 +310,8 @@ def _plan(
 
 
 def _rows_of(
-  name: str,
   prompt: tuple[bytes, Iterable[Annotated]],
+  name: str,
   plan: augment.Plan,
 ) -> Iterator[Any]:
   together = sorted(prompt[1], key=lambda row: row.id)
@@ -332,7 +328,7 @@ def _tallies(parts: Iterable[balance.Tally]) -> balance.Tally:
 
 
 def _cuts(
-  name: str, bounds: dict[str, Any], tally: balance.Tally
+  _: None, name: str, bounds: dict[str, Any], tally: balance.Tally
 ) -> Iterator[Any]:
   cuts, counts = balance.decide(tally, **bounds)
   yield cuts
@@ -341,14 +337,14 @@ def _cuts(
 
 
 def _thin(
-  part: sources.Part, prompt: tuple[str, list[Row]], cuts: balance.Cuts
+  prompt: tuple[str, list[Row]], part: sources.Part, cuts: balance.Cuts
 ) -> Iterator[Any]:
   rows, lost = balance.thin(prompt[1], cuts)
   yield from sources.keyed(part, prompt[0], rows)
   yield from _counted({f"{part.name}_{key}": n for key, n in lost.items()})
 
 
-def _least(limit: int, names: Iterable[Any]) -> list[str]:
+def _least(names: Iterable[Any], limit: int) -> list[str]:
   # Names, or what this function made of others.
   flat: list[str] = []
   for one in names:
@@ -356,14 +352,14 @@ def _least(limit: int, names: Iterable[Any]) -> list[str]:
   return sources.least(flat, limit)
 
 
-def _limited(name: str, keyed: Keyed, kept: list[str]) -> Iterator[Any]:
+def _limited(keyed: Keyed, name: str, kept: list[str]) -> Iterator[Any]:
   if keyed[1]["family"] in kept:
     yield keyed
   else:
     yield from _counted({f"{name}_beyond_limit": 1})
 
 
-def _made(name: str, keyed: Keyed) -> Iterator[Any]:
+def _made(keyed: Keyed, name: str) -> Iterator[Any]:
   yield keyed
   yield from _counted({f"{name}_made": 1})
 
@@ -384,18 +380,17 @@ def _packed(
   )
   candidates = together | "candidates" >> beam.MapTuple(stages.candidate)
   tokens = candidates | "tokens" >> beam.Map(lambda one: one.tokens)
-  first = candidates | "earliest" >> beam.CombineGlobally(
-    functools.partial(_earliest, wanted)
-  )
+  first = candidates | "earliest" >> beam.CombineGlobally(_earliest, wanted)
   layout = steps.single(
     "layout",
-    functools.partial(_layout, wanted),
+    _layout,
+    wanted,
     pvalue.AsSingleton(first),
     pvalue.AsSingleton(tokens | "all tokens" >> beam.CombineGlobally(sum)),
   )
   buckets = (
     together
-    | "bucket of" >> beam.MapTuple(_bucket_of, layout)
+    | "bucket of" >> beam.Map(_bucket_of, layout)
     | "buckets" >> beam.GroupByKey()
   )
   steps.flat("pack", buckets, _pack, place)
@@ -415,7 +410,7 @@ def _encode(rows: list[Keyed], place: str) -> Iterator[Any]:
 
 
 def _earliest(
-  wanted: list[stages.Stage], some: Iterable[Any]
+  some: Iterable[Any], wanted: list[stages.Stage]
 ) -> list[stages.Candidate]:
   # Candidates, or what this function made of others.
   flat: list[stages.Candidate] = []
@@ -425,13 +420,17 @@ def _earliest(
 
 
 def _layout(
-  wanted: list[stages.Stage], first: list[stages.Candidate], tokens: int
+  _: None,
+  wanted: list[stages.Stage],
+  first: list[stages.Candidate],
+  tokens: int,
 ) -> Iterator[Any]:
   taken = stages.staged(first, wanted)
   yield taken, families.stage_buckets(taken, len(wanted), tokens)
 
 
-def _bucket_of(name: str, together: list[Piece], layout: Any) -> Any:
+def _bucket_of(family: tuple[str, list[Piece]], layout: Any) -> Any:
+  name, together = family
   taken, numbers = layout
   stage = taken[name][0] if name in taken else len(numbers) - 1
   bucket = spill.bucket(together[0].place, numbers[stage])
