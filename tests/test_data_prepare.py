@@ -199,7 +199,26 @@ def test_bad_rows_are_put_aside_in_order_and_counted_once(config, tmp_path):
   assert meta["counts"]["quarantined"] == 3
   found = (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines()
   rows = [json.loads(line)["row"] for line in found]
-  assert rows == [long, "no json", half]
+  assert rows == [long | {"source": "jsonl"}, "no json", half]
+
+
+def test_unknown_or_missing_runner_is_refused(config, tmp_path, monkeypatch):
+  config.data.runner = "spark"
+  with pytest.raises(ValueError, match=r"runner=spark: must be local or beam"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+  config.data.runner = "beam"
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install -e '\.\[beam\]'"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+
+
+def test_who_prepares_is_no_part_of_the_key(config):
+  tokenizer = tiny.tokenizer()
+  key = prepare.preparation_key(config, tokenizer)
+  config.data.update(workers=7, runner="beam", beam_options="--runner=Spark")
+  assert prepare.preparation_key(config, tokenizer) == key
+  config.data.heldout = 0.2
+  assert prepare.preparation_key(config, tokenizer) != key
 
 
 def _stored(folder, meta):
