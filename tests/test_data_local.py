@@ -1,5 +1,6 @@
 """Preparation in buckets and processes: nothing of it shows in the records."""
 
+import functools
 import json
 import os
 import random
@@ -26,14 +27,14 @@ from csrm_jax.data import (
 from csrm_jax.data.stages import Candidate, Stage
 from tests import tiny
 
-SHAPE = {"row_length": 384, "slots": 24, "pairs": 48}
+SHAPE = {"row_length": 1024, "slots": 64, "pairs": 128}
 FILES = ("train.array_record", "heldout.jsonl", "meta.json")
 
 
 def config_of(**data):
   config = default()
   config.data.update(SHAPE)
-  config.data.update(source="synthetic", examples=60, workers=1)
+  config.data.update(source="synthetic", examples=8, workers=1)
   config.data.update(**data)
   return config
 
@@ -48,9 +49,9 @@ def records(folder, meta):
 
 @pytest.fixture
 def small(monkeypatch):
-  """Sizes at which sixty families are many buckets, runs and chunks."""
-  monkeypatch.setattr(families, "BUCKET_TOKENS", 20_000)
-  monkeypatch.setattr(families, "BUCKET_ROWS", 300)
+  """Sizes at which eight families are many buckets, runs and chunks."""
+  monkeypatch.setattr(families, "BUCKET_TOKENS", 30_000)
+  monkeypatch.setattr(families, "BUCKET_ROWS", 90)
   monkeypatch.setattr(local, "CHUNK", 32)
   monkeypatch.setattr(local, "FEW", 64)
 
@@ -67,8 +68,8 @@ def runs_on_disk(monkeypatch):
 
 
 SOURCES = {
-  "staged": {"stages": "synthetic/presence:5;synthetic/swap,synthetic/level:4"},
-  "augmented": {"source": "synthetic_augmented,synthetic:10", "examples": 40,
+  "staged": {"stages": "synthetic/presence:2;synthetic/swap,synthetic/level:1"},
+  "augmented": {"source": "synthetic_augmented,synthetic:3", "examples": 8,
                 "row_length": 2048, "slots": 64, "pairs": 128},
   "shuffled": {"shuffle_specs": True},
 }  # fmt: skip
@@ -93,7 +94,7 @@ def test_many_buckets_hold_what_one_does(tmp_path, monkeypatch):
   tokenizer = tiny.tokenizer()
   config = config_of(stages=SOURCES["staged"]["stages"])
   one = prepare.prepare(config, tmp_path / "one", tokenizer)
-  monkeypatch.setattr(families, "BUCKET_TOKENS", 20_000)
+  monkeypatch.setattr(families, "BUCKET_TOKENS", 30_000)
   many = prepare.prepare(config, tmp_path / "many", tokenizer)
   assert one["fingerprint"] != many["fingerprint"]
   same = {k: v for k, v in one["counts"].items() if k not in (
@@ -109,21 +110,23 @@ def test_many_buckets_hold_what_one_does(tmp_path, monkeypatch):
     used = [s[s > 0] for s in sums]
     assert used[0].size and np.array_equal(*used)
   # A bucket ends with a few rows that are not full.
-  assert many["rows"] < 1.2 * one["rows"]
+  assert one["rows"] <= many["rows"] < 2 * one["rows"]
 
 
+@functools.cache
 def synthetic_pieces():
-  recipe = pieces.Recipe(tiny.tokenizer(), 0, 0.1, 192, SHAPE, False)
+  recipe = pieces.Recipe(tiny.tokenizer(), 0, 0.1, 512, SHAPE, False)
   reading = sources.Reading(None, 0)
-  (part,) = sources.parts("synthetic:12", 0)
+  (part,) = sources.parts("synthetic:3", 0)
   rows = list(sources.read(part, reading, bad=None, counts={}))
   return recipe, pieces.encode(recipe, rows).pieces
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.randoms(use_true_random=False))
 def test_a_bucket_depends_on_its_members_alone(rng: random.Random):
   recipe, found = synthetic_pieces()
+  found = list(found)
   made = []
   for shuffled in (False, True):
     members: dict[str, list] = {}
@@ -134,7 +137,7 @@ def test_a_bucket_depends_on_its_members_alone(rng: random.Random):
       rows.append((piece.key, piece.encoded))
     written: list[bytes] = []
     sums = families.pack_bucket(recipe, members.items(), written.append)
-    assert sums.rows == len(written) and sums.families == 12
+    assert sums.rows == len(written) and sums.families == 3
     made.append((sums, written))
   assert made[0] == made[1]
 
@@ -183,9 +186,14 @@ def test_parts_of_a_synthetic_source_are_the_whole():
         yield from sources.conversations(part, reading)
 
   whole, pieced = list(read(0)), list(read(4))
-  assert whole == pieced and len(whole) > 100
-  keys = [item[0] for item in whole if isinstance(item[0], tuple)]
-  assert keys == sorted(keys)
+  rows = [
+    [item[1] if isinstance(item[0], tuple) else item for item in found]
+    for found in (whole, pieced)
+  ]
+  assert rows[0] == rows[1] and len(whole) > 100
+  for found in (whole, pieced):
+    keys = [item[0] for item in found if isinstance(item[0], tuple)]
+    assert keys == sorted(set(keys))
 
 
 MEASURED = """
