@@ -110,7 +110,7 @@ def test_many_buckets_hold_what_one_does(tmp_path, monkeypatch):
     used = [s[s > 0] for s in sums]
     assert used[0].size and np.array_equal(*used)
   # A bucket ends with a few rows that are not full.
-  assert one["rows"] <= many["rows"] < 2 * one["rows"]
+  assert many["rows"] < 1.2 * one["rows"]
 
 
 @functools.cache
