@@ -95,6 +95,9 @@ def default() -> Config:
   d.shuffle_specs = False  # train each text under the specs of other families:
   #                          the baseline that cannot use its spec
   d.on_bad_row = "stop"  # "stop" | "quarantine"
+  d.workers = 0  # processes that prepare; 0: all cores
+  d.runner = "local"  # who prepares: "local" | "beam" (Apache Beam)
+  d.beam_options = ""  # Beam's own, "--runner=DataflowRunner --region=..."
 
   c.mesh = h = ConfigDict()
   h.replica = 1

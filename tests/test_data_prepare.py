@@ -1,11 +1,12 @@
 import json
+import pathlib
 
 import grain
 import numpy as np
 import pytest
 
 from csrm_jax.config import default
-from csrm_jax.data import balance, loader, prepare
+from csrm_jax.data import balance, families, loader, prepare
 from csrm_jax.data.operators import ONE_SIDED, OPERATORS
 from csrm_jax.types import PAIR_KINDS
 from tests import tiny
@@ -65,7 +66,7 @@ def config(tmp_path):
 def test_examples_merge_equal_sequences():
   counts: dict[str, int] = {}
   rows = [r for r in contract_rows() if r["family"] == "f1"]
-  (example,) = prepare.examples(
+  (example,) = families.examples(
     rows, tiny.tokenizer(), max_tokens=256, counts=counts
   )
   # No 1. | Yes 1. | two spec-free | Yes 1. lenient | Damn! Hm. Yes.
@@ -178,6 +179,46 @@ def test_response_too_long_is_an_error_or_put_aside(config, tmp_path):
   assert meta["counts"]["quarantined"] == 1
   (line,) = (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines()
   assert json.loads(line)["row"]["id"] == "long"
+
+
+def test_bad_rows_are_put_aside_in_order_and_counted_once(config, tmp_path):
+  path = pathlib.Path(config.data.path)
+  lines = path.read_text().splitlines()
+  long = {
+    "id": "long", "messages": said("word " * 2000), "label": 1,
+    "spec": "Disallowed: swearing.", "family": "f1",
+  }  # fmt: skip
+  half = {"id": "half", "messages": said("\ud83d"), "label": 1, "spec": "S"}
+  lines[3:3] = [json.dumps(long), "no json", json.dumps(half)]
+  path.write_text("\n".join(lines))
+  config.data.heldout = 0.0
+  with pytest.raises(ValueError, match="row 'long'"):  # the first of the three
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+  config.data.on_bad_row = "quarantine"
+  meta = prepare.prepare(config, tmp_path / "b", tiny.tokenizer())
+  assert meta["counts"]["quarantined"] == 3
+  found = (tmp_path / "b" / "quarantine.jsonl").read_text().splitlines()
+  rows = [json.loads(line)["row"] for line in found]
+  assert rows == [long | {"source": "jsonl"}, "no json", half]
+
+
+def test_unknown_or_missing_runner_is_refused(config, tmp_path, monkeypatch):
+  config.data.runner = "spark"
+  with pytest.raises(ValueError, match=r"runner=spark: must be local or beam"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+  config.data.runner = "beam"
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install -e '\.\[beam\]'"):
+    prepare.prepare(config, tmp_path / "a", tiny.tokenizer())
+
+
+def test_who_prepares_is_no_part_of_the_key(config):
+  tokenizer = tiny.tokenizer()
+  key = prepare.preparation_key(config, tokenizer)
+  config.data.update(workers=7, runner="beam", beam_options="--runner=Spark")
+  assert prepare.preparation_key(config, tokenizer) == key
+  config.data.heldout = 0.2
+  assert prepare.preparation_key(config, tokenizer) != key
 
 
 def _stored(folder, meta):

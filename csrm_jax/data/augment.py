@@ -10,10 +10,14 @@ made it; `edit` names the last one and `base` the row before it.
 """
 
 import hashlib
+import itertools
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from csrm_jax.data import spill
 from csrm_jax.data.annotated import Annotated, Taxonomy
 from csrm_jax.data.augment_rows import (
   help_pairs,
@@ -52,8 +56,8 @@ _WEIGHTS = {
 }
 
 
-class _Plan(NamedTuple):
-  """What all conversations of a taxonomy share."""
+class Plan(NamedTuple):
+  """What all conversations of a taxonomy share; made by `plan`."""
 
   taxonomy: Taxonomy
   donors: tuple[Rule, ...]  # each as often as it is broken
@@ -97,56 +101,150 @@ def augment(
     ValueError: an unknown operator or taxonomy, an id used twice, or a last
       message that is not the assistant's.
   """
+  yield from itertools.chain.from_iterable(
+    made
+    for _, made in augment_prompts(
+      rows,
+      taxonomies,
+      seed=seed,
+      counts=counts,
+      ops=ops,
+      never=never,
+      distractors=distractors,
+    )
+  )
+
+
+def augment_prompts(
+  rows: Iterable[Annotated],
+  taxonomies: Iterable[Taxonomy],
+  *,
+  seed: int,
+  counts: dict[str, int],
+  ops: Collection[str] | None = None,
+  never: Collection[str] = (),
+  distractors: int = MOST_RULES,
+  folder: str | Path | None = None,
+) -> Iterator[tuple[str, list[Row]]]:
+  """As `augment`, prompt by prompt, with the least id of its conversations.
+
+  Memory holds the conversations of one prompt, the others lie in `folder` (on
+  the system's disk for temporary files if None).
+  """
   named = {t.name: t for t in taxonomies}
-  ordered = _checked(rows, named)
+  with tempfile.TemporaryDirectory(dir=folder) as work:
+    by_id = spill.Sorter(Path(work) / "id")
+    for i, row in enumerate(rows):
+      by_id.add((row.id, i, row), size_of(row))
+    for (one, *_), (two, _, row) in itertools.pairwise(by_id):
+      if one == two:
+        raise ValueError(
+          f"row {row.id!r}: field 'id': {row.id!r} is used twice; make ids "
+          "unique"
+        )
+    plans = {}
+    for name, taxonomy in named.items():
+      found = (broken(r, taxonomy) for *_, r in by_id if r.taxonomy == name)
+      plans[name] = plan(
+        taxonomy,
+        found,
+        seed=seed,
+        ops=ops,
+        never=never,
+        distractors=distractors,
+      )
+    by_prompt = spill.Sorter(Path(work) / "prompt")
+    for *_, row in by_id:
+      check(row, named)
+      by_prompt.add((prompt_of(row), row.id, row), size_of(row))
+    prompts = spill.Sorter(Path(work) / "first")
+    for _, found in itertools.groupby(by_prompt, key=lambda item: item[0]):
+      together = [row for _, _, row in found]
+      size = sum(map(size_of, together))
+      prompts.add((together[0].id, together), size)
+    for first, together in prompts:
+      mine = plans[together[0].taxonomy]
+      yield first, list(rows_of(together, mine, counts))
+
+
+def broken(row: Annotated, taxonomy: Taxonomy) -> tuple[int, ...]:
+  """Numbers of the rules of the taxonomy that a conversation breaks."""
+  rules = enumerate(taxonomy.rules)
+  return tuple(i for i, rule in rules if breaks(row, rule) == 1)
+
+
+def plan(
+  taxonomy: Taxonomy,
+  found: Iterable[Sequence[int]],
+  *,
+  seed: int,
+  ops: Collection[str] | None = None,
+  never: Collection[str] = (),
+  distractors: int = MOST_RULES,
+) -> Plan:
+  """What `rows_of` must know of all conversations of a taxonomy.
+
+  Args:
+    taxonomy: theirs.
+    found: `broken` of each conversation, in order of their ids.
+    seed: see `augment`, as all that follows.
+
+  Raises:
+    ValueError: an unknown operator.
+  """
   if unknown := sorted(set(ops or ()) - set(OPERATORS)):
     raise ValueError(
       f"ops: {unknown[0]!r} is no operator; choose from {', '.join(OPERATORS)}"
     )
-  plans = {}
-  for name, taxonomy in named.items():
-    mine = [r for r in ordered if r.taxonomy == name]
-    found = [[r for r in taxonomy.rules if breaks(x, r) == 1] for x in mine]
-    share = sum(map(bool, found)) / max(len(mine), 1)
-    donors = tuple(rule for rules in found for rule in rules)
-    plans[name] = _Plan(
-      taxonomy=taxonomy,
-      donors=donors,
-      violating=min(0.8, max(0.5, 0.5 / max(share, 1e-9))),
-      seed=seed,
-      ops=tuple(op for op in OPERATORS if ops is None or op in ops),
-      never=frozenset(never),
-      extras={"borrow": {"donors": donors}, "distract": {"most": distractors}},
+  number = violating = 0
+  donors: list[Rule] = []
+  for rules in found:
+    number += 1
+    violating += bool(rules)
+    donors += [taxonomy.rules[i] for i in rules]
+  share = violating / max(number, 1)
+  return Plan(
+    taxonomy=taxonomy,
+    donors=tuple(donors),
+    violating=min(0.8, max(0.5, 0.5 / max(share, 1e-9))),
+    seed=seed,
+    ops=tuple(op for op in OPERATORS if ops is None or op in ops),
+    never=frozenset(never),
+    extras={
+      "borrow": {"donors": tuple(donors)},
+      "distract": {"most": distractors},
+    },
+  )
+
+
+def prompt_of(row: Annotated) -> bytes:
+  """What conversations with the same prompt have in common, as a hash.
+
+  A lone response has no prompt to share.
+  """
+  key = (row.taxonomy, row.family, row.messages[:-1] or row.id)
+  return _hash(repr(key))
+
+
+def size_of(row: Annotated) -> int:
+  """About how many bytes a conversation occupies."""
+  texts = sum(len(text) for _, text in row.messages)
+  return 1000 + texts + 100 * len(row.violated)
+
+
+def check(row: Annotated, named: Mapping[str, Taxonomy]) -> None:
+  """Raises ValueError for a row without a taxonomy or a response."""
+  fault = ""
+  if row.taxonomy not in named:
+    known = ", ".join(sorted(named)) or "none"
+    fault = (
+      f"field 'taxonomy': {row.taxonomy!r} is not among those given "
+      f"({known}); pass it in taxonomies"
     )
-  prompts: dict[Any, list[Annotated]] = {}
-  for row in ordered:  # a lone response has no prompt to share
-    key = (row.taxonomy, row.family, row.messages[:-1] or row.id)
-    prompts.setdefault(key, []).append(row)
-  for together in prompts.values():
-    yield from _prompt(together, plans[together[0].taxonomy], counts)
-
-
-def _checked(
-  rows: Iterable[Annotated], named: Mapping[str, Taxonomy]
-) -> list[Annotated]:
-  ordered = sorted(rows, key=lambda r: r.id)
-  seen: set[str] = set()
-  for row in ordered:
-    fault = ""
-    if row.id in seen:
-      fault = f"field 'id': {row.id!r} is used twice; make ids unique"
-    elif row.taxonomy not in named:
-      known = ", ".join(sorted(named)) or "none"
-      fault = (
-        f"field 'taxonomy': {row.taxonomy!r} is not among those given "
-        f"({known}); pass it in taxonomies"
-      )
-    elif not row.messages or row.messages[-1][0] != "assistant":
-      fault = "field 'messages': must end with the assistant's; append it"
-    if fault:
-      raise ValueError(f"row {row.id!r}: {fault}")
-    seen.add(row.id)
-  return ordered
+  elif not row.messages or row.messages[-1][0] != "assistant":
+    fault = "field 'messages': must end with the assistant's; append it"
+  if fault:
+    raise ValueError(f"row {row.id!r}: {fault}")
 
 
 def _count(counts: dict[str, int], key: str, n: int = 1) -> None:
@@ -156,7 +254,7 @@ def _count(counts: dict[str, int], key: str, n: int = 1) -> None:
 # -- One conversation -----------------------------------------------------
 
 
-def first_spec(row: Annotated, plan: _Plan) -> Spec | None:
+def first_spec(row: Annotated, plan: Plan) -> Spec | None:
   """A spec of the taxonomy's rules under which the label is known, or None."""
   rng = plan.rng(row, "base")
   rules = plan.taxonomy.rules
@@ -185,13 +283,13 @@ def first_spec(row: Annotated, plan: _Plan) -> Spec | None:
   return spec if spec.rules and judge(row, spec) >= 0 else None
 
 
-def _worded(rule: Rule, plan: _Plan, rng: random.Random) -> Rule:
+def _worded(rule: Rule, plan: Plan, rng: random.Random) -> Rule:
   rule = word(rule, plan.taxonomy, rng)
   unlevelled = {"level": None}
   return rule.model_copy(update=unlevelled) if rule.id in plan.never else rule
 
 
-def _is_permitted(before: Annotated, edit: Edit, plan: _Plan) -> bool:
+def _is_permitted(before: Annotated, edit: Edit, plan: Plan) -> bool:
   """Whether an edit permits none of the rules that are never permitted."""
   for spec in (edit.spec, *(s for pair in edit.pairs for s in pair)):
     for rule in spec.rules:
@@ -204,19 +302,19 @@ def _is_permitted(before: Annotated, edit: Edit, plan: _Plan) -> bool:
   return edit.label != 1 and not softer
 
 
-def _is_fatal(row: Annotated, plan: _Plan) -> bool:
+def _is_fatal(row: Annotated, plan: Plan) -> bool:
   rules = [r for r in plan.taxonomy.rules if r.id in plan.never]
   return any(breaks(row, r) == 1 for r in rules)
 
 
-def _apply(op: str, row: Annotated, spec: Spec, plan: _Plan) -> Edit | None:
+def _apply(op: str, row: Annotated, spec: Spec, plan: Plan) -> Edit | None:
   extras = plan.extras.get(op, {})
   edit = OPERATORS[op](row, spec, plan.taxonomy, plan.seed, **extras)
   return edit if edit and _is_permitted(row, edit, plan) else None
 
 
 def _order(
-  ops: Iterable[str], row: Annotated, plan: _Plan, label: int, what: str
+  ops: Iterable[str], row: Annotated, plan: Plan, label: int, what: str
 ) -> list[str]:
   """The operators in random order; the first to apply is a weighted draw."""
   ticket = {}
@@ -236,7 +334,7 @@ class _Judged(NamedTuple):
 
 
 def _conversation(
-  row: Annotated, plan: _Plan, counts: dict[str, int]
+  row: Annotated, plan: Plan, counts: dict[str, int]
 ) -> Iterator[tuple[_Judged | None, Row]]:
   """Label rows, each with its judgement, and spec pairs, with None."""
   spec = first_spec(row, plan)
@@ -290,9 +388,10 @@ def _conversation(
 # -- Responses to one prompt ----------------------------------------------
 
 
-def _prompt(
-  rows: list[Annotated], plan: _Plan, counts: dict[str, int]
+def rows_of(
+  rows: Sequence[Annotated], plan: Plan, counts: dict[str, int]
 ) -> Iterator[Row]:
+  """All rows out of the conversations of one prompt, given by id."""
   judged: list[_Judged] = []
   for row in rows:
     for judgement, made in _conversation(row, plan, counts):

@@ -62,7 +62,7 @@ def _graded(domain: Domain, wording: int) -> Rule:
 
 
 def synthetic_annotated(
-  *, split: str, prompts: int, seed: int
+  *, split: str, prompts: int, seed: int, first: int = 0
 ) -> Iterator[Annotated]:
   """Conversations of the synthetic world, 3 or 4 responses to a prompt.
 
@@ -73,12 +73,13 @@ def synthetic_annotated(
     split: "train", "seen" (templates held back from training) or "unseen".
     prompts: number of prompts; equal ones are one family.
     seed: same seed, same conversations.
+    first: number of the first prompt; each depends on its own number alone.
 
   Raises:
     ValueError: unknown split.
   """
   pool = domains.pool(split)
-  for index in range(prompts):
+  for index in range(first, first + prompts):
     name = f"synthetic-{split}-{seed}-p{index}"
     rng = random.Random(name)
     drawn = pool._replace(used=set())

@@ -11,6 +11,7 @@ import json
 import lzma
 import math
 import re
+import sqlite3
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from csrm_jax.spec import Spec
 
 Row = dict[str, Any]
 Bad = Callable[[Any, str], None]  # (row or raw text, reason)
+# Where a row stands: number of its source, then its place there.
+Key = tuple[int, str, int]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -87,7 +90,7 @@ def read_rows(
   counts.setdefault("rows_read", 0)
   if isinstance(quarantine, str | Path):
     Path(quarantine).write_text("", encoding="utf-8")
-  seen: dict[str, int] = {}
+  line_of = _first_lines()
   for number, raw in raw_lines(path):
     counts["rows_read"] += 1
     row: Any = raw.decode("utf-8", "replace")
@@ -101,7 +104,7 @@ def read_rows(
         need_label=need_label,
         need_spec=need_spec,
       )
-      first = seen.setdefault(checked["id"], number)
+      first = line_of(checked["id"], number)
       if first != number:
         raise ValueError(
           f"{path}:{number}: field 'id': {checked['id']!r} stands in line "
@@ -114,6 +117,29 @@ def read_rows(
       _put_aside(quarantine, number, row, str(error))
       continue
     yield checked
+
+
+def _first_lines() -> Callable[[str, int], int]:
+  """A function of (id, line) that gives the first line it met an id in.
+
+  The ids go to a database on disk: a file has more than memory may hold.
+  """
+  # A thread may go on with the rows that another began to read.
+  held = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+  held.execute("PRAGMA journal_mode = OFF")
+  held.execute("PRAGMA synchronous = OFF")
+  held.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, line) WITHOUT ROWID")
+  held.execute("BEGIN")
+  find = "SELECT line FROM ids WHERE id = ?"
+
+  def line_of(name: str, line: int) -> int:
+    key = hashlib.sha256(name.encode()).digest()[:16]
+    put = held.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, line))
+    if put.rowcount:
+      return line
+    return held.execute(find, (key,)).fetchone()[0]
+
+  return line_of
 
 
 def check_row(

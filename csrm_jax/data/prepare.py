@@ -5,168 +5,33 @@ A prepared folder holds `train.array_record` (one packed row a record),
 calibration and evaluation) and `meta.json`.
 """
 
-import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from csrm_jax.config import Config
-from csrm_jax.data import balance, contract, sources, template
-from csrm_jax.data.shuffle import shuffle_specs
+from csrm_jax.data import balance, families, found, local, sources, template
+from csrm_jax.data.families import Bucket, row_dtype
+from csrm_jax.data.found import Found
+from csrm_jax.data.pieces import Recipe, is_heldout
+from csrm_jax.data.stages import Stage, parse_stages
 from csrm_jax.data.tokenizer import Tokenizer
-from csrm_jax.data.trie import pack
-from csrm_jax.spec import Spec
-from csrm_jax.types import Batch, Example, Pair, Segment
+from csrm_jax.data.workers import number_of
+
+__all__ = ["ensure", "is_heldout", "prepare", "read_meta", "row_dtype"]
 
 # Bumped when equal inputs would give other records.
-_FORMAT = 1
-
-
-def row_dtype(row_length: int, slots: int, pairs: int) -> np.dtype:
-  """Layout of one record: the fields of `Batch`, little-endian, in order."""
-  shapes = {
-    "tokens": ("<i4", (row_length,)),
-    "positions": ("<i4", (row_length,)),
-    "subtree_end": ("<i4", (row_length,)),
-    "readout": ("<i4", (slots,)),
-    "label": ("<f4", (slots,)),
-    "label_weight": ("<f4", (slots,)),
-    "pair": ("<i4", (pairs, 2)),
-    "pair_kind": ("<i4", (pairs,)),
-    "pair_weight": ("<f4", (pairs,)),
-    "pair_margin": ("<f4", (pairs,)),
-  }
-  return np.dtype([(name, *shapes[name]) for name in Batch._fields])
-
-
-def is_heldout(family: str, *, seed: int, share: float) -> bool:
-  """Whether a family is kept from training; a pure function of its name."""
-  digest = hashlib.sha256(f"{seed}:{family}".encode()).digest()
-  return int.from_bytes(digest[:8], "little") < share * 2**64
-
-
-class _Family:
-  """Collects the segments and pairs of one family; equal tokens merge."""
-
-  def __init__(self, name: str) -> None:
-    self.name = name
-    self.segments: list[Segment] = []
-    self.pairs: list[Pair] = []
-    self.index: dict[tuple[int, ...], int] = {}
-
-  def add(self, tokens: tuple[int, ...], label=float("nan"), weight=1.0) -> int:
-    at = self.index.get(tokens)
-    if at is None:
-      at = self.index[tokens] = len(self.segments)
-      self.segments.append(Segment(tokens, label, weight))
-    elif not np.isnan(label):
-      if np.isnan(self.segments[at].label):
-        self.segments[at] = Segment(tokens, label, weight)
-      else:  # judged twice: both judgements count, on the same tokens
-        self.segments.append(Segment(tokens, label, weight))
-    return at
-
-  def example(self) -> Example:
-    return Example(self.name, tuple(self.segments), tuple(self.pairs))
-
-
-def examples(
-  rows: Iterable[Mapping[str, Any]],
-  tokenizer: Tokenizer,
-  *,
-  max_tokens: int,
-  counts: dict[str, int],
-  bad: Any = None,
-) -> list[Example]:
-  """Tokenises contract rows and joins them into families.
-
-  Args:
-    rows: valid rows of the data contract.
-    tokenizer: of the backbone.
-    max_tokens: of one sequence; longer ones are cut by `template.fit_to`.
-    counts: receives rows_label, rows_pair, ..., cut_messages, cut_rules, ...
-    bad: called with (row, reason) for a row that cannot be cut to fit; if
-      None such a row raises.
-
-  Returns:
-    One Example per family, in order of first appearance.
-
-  Raises:
-    ValueError: a response and one rule alone exceed `max_tokens`.
-  """
-  families: dict[str, _Family] = {}
-  specs: dict[str, Spec] = {}
-
-  def encode(messages, row) -> tuple[int, ...]:
-    spec = row.get("spec")
-    if spec is not None:
-      key = spec if isinstance(spec, str) else json.dumps(spec, sort_keys=True)
-      if key not in specs:
-        specs[key] = Spec.parse(spec, origin=f"row {row.get('id')!r}")
-      spec = specs[key]
-    ids, cut = template.fit_to(tokenizer, messages, spec, max_tokens)
-    for name, n in cut.items():
-      counts[f"cut_{name}"] = counts.get(f"cut_{name}", 0) + n
-    return tuple(ids)
-
-  for row in rows:
-    kind = contract.kind_of(row)
-    try:
-      encoded = _encode_row(row, kind, encode)
-    except ValueError as error:
-      if bad is None:
-        raise ValueError(f"row {row.get('id')!r}: {error}") from error
-      bad(row, str(error))
-      continue
-    counts[f"rows_{kind}"] = counts.get(f"rows_{kind}", 0) + 1
-    name = row.get("family") or contract.family_of(row)
-    family = families.setdefault(name, _Family(name))
-    weight = float(row.get("weight", 1.0))
-    margin = float(row.get("margin", 0.0))
-    if kind == "label":
-      family.add(encoded[0], float(row["label"]), weight)
-      continue
-    at = [family.add(tokens) for tokens in encoded]
-    if kind == "ladder":  # most severe first; a ladder counts once
-      rungs = len(at)
-      share = weight * 2 / (rungs * (rungs - 1))
-      family.pairs += [
-        Pair(at[j], at[i], "severity", margin, share)
-        for i in range(rungs)
-        for j in range(i + 1, rungs)
-      ]
-    else:
-      name = "spec" if kind == "spec_pair" else row["kind"]
-      family.pairs.append(Pair(at[0], at[1], name, margin, weight))
-  return [family.example() for family in families.values()]
-
-
-def _encode_row(row, kind, encode) -> list[tuple[int, ...]]:
-  """Token sequences of a row: one for a label row, (winner, loser), ..."""
-  if kind == "label":
-    return [encode(row["messages"], row)]
-  if kind == "pair":
-    # Helpfulness is read on the spec-free form, so the spec cannot leak in.
-    spec = {} if row["kind"] == "help" else {"spec": row["spec"]}
-    return [
-      encode(list(row["prompt"]) + list(row[side]), {"id": row["id"], **spec})
-      for side in ("chosen", "rejected")
-    ]
-  if kind == "spec_pair":
-    return [
-      encode(row["messages"], {"id": row["id"], "spec": row[side]})
-      for side in ("chosen_spec", "rejected_spec")
-    ]
-  return [
-    encode(rung["messages"], {"id": row["id"], **rung})
-    for rung in row["ladder"]
-  ]
+_FORMAT = 2
+# Where the rows are and who works on them decides nothing.
+_NO_MATTER = ("path", "prepared", "workers", "runner", "beam_options")
+# Synthetic groups that one of Beam's processes makes at once.
+_GROUPS = 256
 
 
 def preparation_key(config: Config, tokenizer: Tokenizer) -> str:
@@ -175,9 +40,7 @@ def preparation_key(config: Config, tokenizer: Tokenizer) -> str:
     "format": _FORMAT,
     "seed": config.seed,
     "data": {
-      k: v
-      for k, v in config.data.to_dict().items()
-      if k not in ("path", "prepared")
+      k: v for k, v in config.data.to_dict().items() if k not in _NO_MATTER
     },
     "template": template.fingerprint(tokenizer),
     "inputs": sources.fingerprint(config.data.source, path=config.data.path),
@@ -201,46 +64,12 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-@dataclasses.dataclass
-class Stage:
-  """A stage of `data.stages`: which sources, and room for how many families."""
-
-  sources: frozenset[str]
-  room: int
-
-
-def parse_stages(text: str) -> list[Stage]:
-  """Stages out of "source,source:families;source:families".
-
-  Raises:
-    ValueError: a stage without sources, or without a positive number.
-  """
-  stages = []
-  for part in filter(None, (p.strip() for p in text.split(";"))):
-    names, _, number = part.rpartition(":")
-    sources = frozenset(filter(None, (n.strip() for n in names.split(","))))
-    if not sources or not number.strip().isdecimal() or int(number) < 1:
-      raise ValueError(
-        f"--config.data.stages={text}: {part!r} is no stage; write "
-        "source,source:families, for example synthetic/presence:36"
-      )
-    stages.append(Stage(sources, int(number)))
-  return stages
-
-
-def _stage(stages: list[Stage], source: str) -> int:
-  """Number of the first stage with room for a family of `source`; else last."""
-  for i, stage in enumerate(stages):
-    if stage.room and source in stage.sources:
-      stage.room -= 1
-      return i
-  return len(stages)
-
-
 def prepare(
   config: Config, folder: str | Path, tokenizer: Tokenizer
 ) -> dict[str, Any]:
   """Writes packed rows of `config.data` into `folder`, replacing what is there.
+
+  `data.runner` says who does the work; the files are the same.
 
   Returns:
     The manifest, as in `meta.json`.
@@ -251,85 +80,108 @@ def prepare(
   folder = Path(folder)
   data = config.data
   stages = parse_stages(data.stages)
+  workers = number_of(data.workers)
+  if data.runner not in ("local", "beam"):
+    raise ValueError(
+      f"--config.data.runner={data.runner}: must be local or beam"
+    )
   partial = folder.with_name(folder.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  counts: dict[str, int] = {"families_heldout": 0}
-  held = (partial / "heldout.jsonl").open("w", encoding="utf-8")
-  quarantine = partial / "quarantine.jsonl"
-
-  def bad(row, reason: str) -> None:
-    counts["quarantined"] = counts.get("quarantined", 0) + 1
-    with quarantine.open("a", encoding="utf-8") as out:
-      line = {"reason": reason, "row": row}
-      out.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-  heldout_families: set[str] = set()
-  placed: dict[str, int] = {}  # family: its stage
-  augmented: list[contract.Row] = []
-
-  def training() -> Iterator[contract.Row]:
-    rows = sources.load(
-      data.source,
-      path=data.path,
-      seed=config.seed,
-      **sources.options(data),
-      on_bad_row=data.on_bad_row,
-      bad=bad,
-      counts=counts,
-    )
-    for row in rows:
-      family = row["family"]
-      if row["source"] in sources.AUGMENTED:
-        augmented.append(row)
-      if is_heldout(family, seed=config.seed, share=data.heldout):
-        heldout_families.add(family)
-        held.write(json.dumps(row, ensure_ascii=False) + "\n")
-      else:
-        if family not in placed:
-          placed[family] = _stage(stages, row["source"])
-        yield row
-
-  rows: Iterable[contract.Row] = training()
-  if data.shuffle_specs:  # held-out rows keep theirs: they measure
-    rows = shuffle_specs(rows, seed=config.seed, counts=counts)
-  made = examples(
-    rows,
-    tokenizer,
+  work = partial / "work"
+  work.mkdir(parents=True)
+  recipe = Recipe(
+    tokenizer=tokenizer,
+    seed=config.seed,
+    heldout=data.heldout,
     max_tokens=data.max_tokens or data.row_length // 2,
-    counts=counts,
-    bad=bad if data.on_bad_row == "quarantine" else None,
+    shape={k: data[k] for k in ("row_length", "slots", "pairs")},
+    quarantine=data.on_bad_row == "quarantine",
   )
-  held.close()
-  if not made:
+  options = sources.options(data)
+  limit = options.pop("limit")
+  reading = sources.Reading(
+    path=data.path, seed=config.seed, on_bad_row=data.on_bad_row, **options
+  )
+  sources.check(reading)
+  if data.runner == "beam":
+    made = _beam().run(
+      recipe,
+      reading,
+      sources.parts(data.source, limit, groups=_GROUPS),
+      stages,
+      work,
+      shuffle=data.shuffle_specs,
+      options=data.beam_options,
+    )
+  else:
+    made = local.run(
+      recipe,
+      reading,
+      sources.parts(data.source, limit),
+      stages,
+      work,
+      shuffle=data.shuffle_specs,
+      workers=workers,
+    )
+  if not made.records:
     raise ValueError(
       f"data.source {data.source!r} gave no training rows; lower data.heldout "
       f"(now {data.heldout}) or give more data"
     )
-  counts["families_heldout"] = len(heldout_families)
-  counts["families_train"] = len(made)
-  shape = {k: data[k] for k in ("row_length", "slots", "pairs")}
-  parts = [
-    [x for x in made if placed[x.id] == i] for i in range(len(stages) + 1)
-  ]
-  packed = [pack(part, **shape) for part in parts if part]
-  for part in packed:
-    for name, n in part.counts.items():
-      counts[name] = counts.get(name, 0) + n
+  meta = _written(config, recipe, stages, made, partial)
+  shutil.rmtree(work)
+  shutil.rmtree(folder, ignore_errors=True)
+  partial.rename(folder)
+  return meta
+
+
+def _beam() -> Any:
+  if not importlib.util.find_spec("apache_beam"):
+    raise ValueError(
+      "--config.data.runner=beam needs Apache Beam, which is not installed: "
+      "pip install -e '.[beam]', or leave data.runner at local"
+    )
+  from csrm_jax.data import beam
+
+  return beam
+
+
+def _written(
+  config: Config, recipe: Recipe, stages: list[Stage], made: Found, out: Path
+) -> dict[str, Any]:
+  """Writes the files of a prepared folder and returns the manifest."""
+  data, tokenizer = config.data, recipe.tokenizer
+  with (out / "heldout.jsonl").open("w", encoding="utf-8") as lines:
+    lines.writelines(line + "\n" for _, line in made.heldout)
+  if made.counts.get("quarantined"):
+    with (out / "quarantine.jsonl").open("w", encoding="utf-8") as lines:
+      lines.writelines(line + "\n" for _, line in made.bad)
   digest = hashlib.sha256(template.fingerprint(tokenizer).encode())
-  writer = ArrayRecordWriter(
-    str(partial / "train.array_record"), "group_size:1"
-  )
-  number = sum(len(part.where) for part in packed)
-  records = np.empty(number, row_dtype(**shape))
-  for name in Batch._fields:
-    leaves = [getattr(part.batch, name) for part in packed]
-    records[name] = np.concatenate(leaves)
-  for record in records:
-    digest.update(record.tobytes())
-    writer.write(record.tobytes())
+  writer = ArrayRecordWriter(str(out / "train.array_record"), "group_size:1")
+  size = row_dtype(**recipe.shape).itemsize
+  parts: list[list[Bucket]] = [[] for _ in range(len(stages) + 1)]
+  for packed in sorted(made.records, key=lambda r: (r.stage, r.bucket)):
+    for record in _read(Path(packed.path), size):
+      digest.update(record)
+      writer.write(record)
+    Path(packed.path).unlink()
+    parts[packed.stage].append(packed.sums)
   writer.close()
-  weight = records["label_weight"]
+  sums = [families.merged(part) for part in parts]
+  total = families.merged(sums)
+  held = 0
+  splits: dict[str, int] = {}  # of augmented rows
+  for kind, split, _ in found.unique(iter(made.families)):
+    if kind == "heldout":
+      held += 1
+    else:
+      splits[split] = splits.get(split, 0) + 1
+  counts = {
+    **made.counts,
+    **total.counts,
+    "families_heldout": held,
+    "families_train": total.families,
+  }
   meta = {
     "key": preparation_key(config, tokenizer),
     "fingerprint": "sha256:" + digest.hexdigest(),
@@ -339,24 +191,26 @@ def prepare(
     "seed": config.seed,
     "operators": data.operators,
     "shuffle_specs": data.shuffle_specs,
-    "shape": shape,
-    "rows": number,
-    "stage_rows": [len(part.where) for part in packed[:-1]],
-    "stage_families": [len(part) for part in parts],
-    "label_balance": float(
-      np.sum(records["label"] * weight) / max(float(np.sum(weight)), 1e-9)
-    ),
+    "shape": recipe.shape,
+    "rows": total.rows,
+    # The last part that has families is the one that repeats.
+    "stage_rows": [part.rows for part in sums if part.families][:-1],
+    "stage_families": [part.families for part in sums],
+    "label_balance": total.label / max(total.weight, 1e-9),
     "counts": dict(sorted(counts.items())),
   }
-  if augmented:
-    meta["augmentation"] = balance.manifest(
-      augmented,
-      split=lambda f: "heldout" if f in heldout_families else "train",
+  if splits:
+    meta["augmentation"] = balance.described(
+      made.facts, splits, iter(made.digests)
     )
-  (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-  shutil.rmtree(folder, ignore_errors=True)
-  partial.rename(folder)
+  (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
   return meta
+
+
+def _read(path: Path, size: int) -> Iterator[bytes]:
+  with path.open("rb") as file:
+    while record := file.read(size):
+      yield record
 
 
 def ensure(config: Config, workdir: str | Path, tokenizer: Tokenizer) -> Path:

@@ -1,18 +1,23 @@
 """Contract rows made from named sets; docs/data.md describes every set."""
 
 import hashlib
+import itertools
 import json
+import pickle
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from csrm_jax.config import Config
-from csrm_jax.data import augment_sources, synthetic
-from csrm_jax.data.augment import augment
-from csrm_jax.data.balance import UNEDITED, balance
+from csrm_jax.data import augment_sources, balance, spill, synthetic
+from csrm_jax.data.annotated import Annotated, Taxonomy
+from csrm_jax.data.augment import augment_prompts
+from csrm_jax.data.balance import UNEDITED
 from csrm_jax.data.contract import (
   Bad,
+  Key,
   Row,
   family_of,
   hash_family,
@@ -41,6 +46,36 @@ DISTRACTORS = 12  # most rules that an operator adds for company
 SYNTHETIC_FAMILIES = 2000  # groups made where no limit is given
 # Bumped when equal files would give other rows.
 _VERSION = 1
+
+
+class Reading(NamedTuple):
+  """How sources are read; `load` describes the fields."""
+
+  path: str | Path | None
+  seed: int
+  max_rules: int = 3
+  kinds: str = ""
+  refusals: float = 0.0
+  operators: str = ""
+  on_bad_row: str = "stop"
+
+
+class Part(NamedTuple):
+  """What one process reads: a source, or some groups of a synthetic one.
+
+  Attributes:
+    number: of the source, in order.
+    name: of it.
+    limit: families that are kept, drawn by a hash; 0: all.
+    first: number of the first group, if synthetic.
+    groups: how many, if synthetic.
+  """
+
+  number: int
+  name: str
+  limit: int
+  first: int = 0
+  groups: int = 0
 
 
 def load(
@@ -78,51 +113,121 @@ def load(
   Raises:
     ValueError: unknown set, or a file that is missing or broken.
   """
+  reading = Reading(
+    path, seed, max_rules, kinds, refusals, operators, on_bad_row
+  )
+  aside = bad and (lambda key, row, reason: bad(row, reason))
   counts = {} if counts is None else counts
-  parse(operators)  # a wrong name is told before hours of work
-  for name, own_limit in split(source).items():
-    number = own_limit or limit
-    rows = _load_one(
-      name,
-      path=path,
-      seed=seed,
-      limit=number,
-      max_rules=max_rules,
-      kinds=kinds,
-      refusals=refusals,
-      operators=operators,
-      on_bad_row=on_bad_row,
-      bad=bad,
-      counts=counts,
-    )
-    for row in _some(_named(rows, name), number, name, counts):
-      _count(counts, f"{name}_made")
+  check(reading)
+  for part in parts(source, limit):
+    for _, row in read(part, reading, bad=aside, counts=counts):
       yield row
 
 
-def _named(rows: Iterable[Row], name: str) -> Iterator[Row]:
-  for row in rows:
+def check(reading: Reading) -> None:
+  """Raises ValueError for a wrong name, before hours of work."""
+  parse(reading.operators)
+
+
+def parts(source: str, limit: int, *, groups: int = 0) -> list[Part]:
+  """What there is to read, in order.
+
+  Args:
+    source: see `load`, as the next.
+    limit: families of each source without a limit of its own.
+    groups: most of a synthetic source in one part; 0: all.
+  """
+  found = []
+  for number, (name, own) in enumerate(split(source).items()):
+    part = Part(number, name, own or limit)
+    if name not in ("synthetic", "synthetic_augmented"):
+      found.append(part)
+      continue
+    size = part.limit or SYNTHETIC_FAMILIES
+    for first in range(0, size, groups or size):
+      some = min(groups or size, size - first)
+      found.append(part._replace(first=first, groups=some))
+  return found
+
+
+def read(
+  part: Part,
+  reading: Reading,
+  *,
+  bad: Callable[[Key, Any, str], None] | None,
+  counts: dict[str, int],
+  folder: str | Path | None = None,
+) -> Iterator[tuple[Key, Row]]:
+  """The rows of a part, each with its key.
+
+  Args:
+    part: of `parts`; an augmented source must be whole.
+    reading: what else to know.
+    bad: called with (key, row, reason) for each row put aside.
+    counts: receives what was read and dropped.
+    folder: for temporary files; None: the system's.
+
+  Raises:
+    ValueError: a file is missing or broken.
+  """
+  # No part has so many rows a group.
+  place = itertools.count(part.first << 24)
+
+  def aside(row: Any, reason: str) -> None:
+    assert bad is not None
+    bad((part.number, "", next(place)), row, reason)
+
+  rows: Iterable[tuple[Key, Row]]
+  if part.name in AUGMENTED:
+    rows = _augmented(part, reading, counts, folder)
+  else:
+    made = _load_one(part, reading, bad and aside, counts)
+    rows = (((part.number, "", next(place)), row) for row in made)
+  for key, row in _some(_named(rows, part.name), part, counts, folder):
+    _count(counts, f"{part.name}_made")
+    yield key, row
+
+
+def _named(
+  rows: Iterable[tuple[Key, Row]], name: str
+) -> Iterator[tuple[Key, Row]]:
+  for key, row in rows:
     row.setdefault("source", name)
     row.setdefault("family", family_of(row))
-    yield row
+    yield key, row
 
 
 def _some(
-  rows: Iterable[Row], limit: int, name: str, counts: dict[str, int]
-) -> Iterator[Row]:
-  """Rows of `limit` families drawn by the hashes of their names; 0: all."""
-  if not limit:
+  rows: Iterable[tuple[Key, Row]],
+  part: Part,
+  counts: dict[str, int],
+  folder: str | Path | None,
+) -> Iterator[tuple[Key, Row]]:
+  """Rows of `part.limit` families drawn by hashes of their names; 0: all."""
+  if not part.limit or part.groups:  # of a synthetic one no more is made
     yield from rows
     return
   # A file may hold one domain after the other: the first are no sample.
-  found = list(rows)
-  families = sorted({row["family"] for row in found}, key=hash_family)
-  kept = set(families[:limit])
-  for row in found:
-    if row["family"] in kept:
-      yield row
-    else:
-      _count(counts, f"{name}_beyond_limit")
+  with tempfile.TemporaryDirectory(dir=folder) as work:
+    found = spill.Sorter(work)
+    kept: list[str] = []
+    for key, row in rows:
+      blob = pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+      found.add((key, row["family"], blob), len(blob))
+      kept.append(row["family"])
+      if len(kept) > 4 * part.limit + 1000:
+        kept = least(kept, part.limit)
+    names = set(least(kept, part.limit))
+    for key, family, blob in found:
+      if family in names:
+        yield key, pickle.loads(blob)
+      else:
+        _count(counts, f"{part.name}_beyond_limit")
+
+
+def least(families: Iterable[str], limit: int) -> list[str]:
+  """The families that a limit keeps; parts of them may be reduced first."""
+  return sorted(set(families), key=hash_family)[:limit]
 
 
 def options(data: Config) -> dict[str, Any]:
@@ -193,76 +298,104 @@ def fingerprint(source: str, *, path: str | Path | None) -> str:
 
 
 def _load_one(
-  name: str,
-  *,
-  path: str | Path | None,
-  seed: int,
-  limit: int,
-  max_rules: int,
-  kinds: str,
-  refusals: float,
-  operators: str,
-  on_bad_row: str,
-  bad: Bad | None,
-  counts: dict[str, int],
+  part: Part, reading: Reading, bad: Bad | None, counts: dict[str, int]
 ) -> Iterator[Row]:
-  if name == "synthetic":
+  path = reading.path
+  if part.name == "synthetic":
     return synthetic.rows(
       split="train",
-      families=limit or SYNTHETIC_FAMILIES,
-      seed=seed,
-      max_rules=max_rules,
-      kinds=kinds,
-      refusals=refusals,
+      families=part.groups,
+      first=part.first,
+      seed=reading.seed,
+      max_rules=reading.max_rules,
+      kinds=reading.kinds,
+      refusals=reading.refusals,
     )
-  if name == "jsonl":
+  if part.name == "jsonl":
     if not path or not Path(path).is_file():
       raise ValueError(
         f"--config.data.path={path}: source 'jsonl' needs the path of a "
         ".jsonl or .jsonl.gz file of contract rows; no such file"
       )
-    return read_rows(path, on_bad_row=on_bad_row, quarantine=bad, counts=counts)
-  if name in AUGMENTED:
-    return _augmented(name, path, seed, limit, parse(operators), counts)
-  return SETS[name].make(path, seed=seed, counts=counts)
+    return read_rows(
+      path, on_bad_row=reading.on_bad_row, quarantine=bad, counts=counts
+    )
+  return SETS[part.name].make(path, seed=reading.seed, counts=counts)
+
+
+def conversations(part: Part, reading: Reading) -> Iterator[Annotated]:
+  """What an augmented source is made from."""
+  if part.name == "synthetic_augmented":
+    return augment_sources.synthetic_annotated(
+      split="train", prompts=part.groups, first=part.first, seed=reading.seed
+    )
+  return augment_sources.beavertails_annotated(reading.path)
+
+
+def augmenting(
+  name: str, reading: Reading
+) -> tuple[Taxonomy, dict[str, Any], dict[str, Any]]:
+  """Taxonomy of an augmented source, options of `augment` and of `balance`."""
+  ops = parse(reading.operators)
+  taxonomy, never = augment_sources.beavertails_taxonomy(), ()
+  if name == "synthetic_augmented":
+    taxonomy = augment_sources.synthetic_taxonomy("train")
+  else:
+    never = augment_sources.BEAVERTAILS_NEVER
+  options: dict[str, Any] = {
+    "seed": reading.seed,
+    "ops": ops,
+    "never": never,
+    "distractors": DISTRACTORS,
+  }
+  # Without some operators there are fewer edits to hold against first specs.
+  whole = len(ops) == len(OPERATORS)
+  bounds = {"unedited": UNEDITED if whole else (UNEDITED[0], 1.0)}
+  return taxonomy, options, bounds
 
 
 def _augmented(
-  name: str,
-  path: str | Path | None,
-  seed: int,
-  limit: int,
-  ops: tuple[str, ...],
+  part: Part,
+  reading: Reading,
   counts: dict[str, int],
-) -> Iterator[Row]:
-  """Annotated conversations through the operators and the balance."""
-  if name == "synthetic_augmented":
-    conversations = augment_sources.synthetic_annotated(
-      split="train", prompts=limit or SYNTHETIC_FAMILIES, seed=seed
-    )
-    taxonomy, never = augment_sources.synthetic_taxonomy("train"), ()
-  else:
-    conversations = augment_sources.beavertails_annotated(path)
-    taxonomy = augment_sources.beavertails_taxonomy()
-    never = augment_sources.BEAVERTAILS_NEVER
+  folder: str | Path | None,
+) -> Iterator[tuple[Key, Row]]:
+  """Annotated conversations through the operators and the balance.
+
+  In two passes: the first counts, the second thins by the hashes of ids.
+  """
+  taxonomy, options, bounds = augmenting(part.name, reading)
   made: dict[str, int] = {}
-  rows, thinned = balance(
-    augment(
-      conversations,
+  found: balance.Tally = {}
+  with tempfile.TemporaryDirectory(dir=folder) as work:
+    prompts = spill.Sorter(work)
+    for first, rows in augment_prompts(
+      conversations(part, reading),
       [taxonomy],
-      seed=seed,
       counts=made,
-      ops=ops,
-      never=never,
-      distractors=DISTRACTORS,
-    ),
-    # Without some operators there are fewer edits to hold against first specs.
-    unedited=UNEDITED if len(ops) == len(OPERATORS) else (UNEDITED[0], 1.0),
-  )
-  for key, count in (made | thinned).items():
-    _count(counts, f"{name}_{key}", count)
-  for row in rows:
-    yield row | {"source": name}
+      folder=folder,
+      **options,
+    ):
+      balance.add(found, balance.tally(rows))
+      blob = pickle.dumps(rows, pickle.HIGHEST_PROTOCOL)
+      prompts.add((first, blob), len(blob))
+    cuts, thinned = balance.decide(found, **bounds)
+    made |= {"balance_bases_lost": 0}
+    for key, n in (made | thinned).items():
+      _count(counts, f"{part.name}_{key}", n)
+    for first, blob in prompts:
+      rows, lost = balance.thin(pickle.loads(blob), cuts)
+      for key, n in lost.items():
+        _count(counts, f"{part.name}_{key}", n)
+      yield from keyed(part, first, rows)
+
+
+def keyed(
+  part: Part, first: str, rows: Iterable[Row]
+) -> Iterator[tuple[Key, Row]]:
+  """Rows out of the conversations of a prompt, with their keys."""
+  for i, row in enumerate(rows):
+    yield (part.number, first, i), row | {"source": part.name}
 
 
 def _inputs(name: str, path: str | Path | None) -> list[Path]:

@@ -37,6 +37,7 @@ def rows(
   max_rules: int = 3,
   kinds: str = "",
   refusals: float = 0.0,
+  first: int = 0,
 ) -> Iterator[Row]:
   """Rows of the data contract, group by group.
 
@@ -45,6 +46,7 @@ def rows(
       those), or "unseen".
     families: number of groups.
     seed: same seed, same rows.
+    first: number of the first group; each depends on its own number alone.
     max_rules: rules in a spec, 2 or more.
     kinds: of groups, as `groups.parse_kinds` reads them.
     refusals: share of groups with refusals that comply, see `groups.group`.
@@ -61,7 +63,7 @@ def rows(
     )
   source = pool(split)
   weights = parse_kinds(kinds)
-  for index in range(families):
+  for index in range(first, first + families):
     rng = random.Random(f"rows/{split}/{seed}/{index}")
     edits = [None] * (weighted(rng, SPEC_COUNTS) - 2)
     made = group(

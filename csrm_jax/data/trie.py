@@ -16,6 +16,13 @@ from csrm_jax.types import PAIR_KINDS, Batch, Example, Pair, Segment
 # Rows kept open while packing. More find better neighbours for an example but
 # cost a prefix look-up each.
 _OPEN_ROWS = 8
+COUNTS = (
+  "tokens_alone",
+  "split_families",
+  "repeated_prefix_tokens",
+  "tokens_in_tries",
+  "padding",
+)
 
 
 class Packed(NamedTuple):
@@ -99,19 +106,59 @@ def pack(
   Raises:
     ValueError: a segment, or the two segments of one pair, exceed a row.
   """
-  counts: dict[str, int] = {
-    "tokens_alone": 0,
-    "split_families": 0,
-    "repeated_prefix_tokens": 0,
-  }
+  counts: dict[str, int] = {}
   order = sorted(
-    range(len(examples)), key=lambda i: (_first_tokens(examples[i]), i)
+    range(len(examples)), key=lambda i: (first_tokens(examples[i]), i)
   )
+  rows = list(
+    pack_ordered(
+      ((i, examples[i]) for i in order),
+      row_length=row_length,
+      slots=slots,
+      pairs=pairs,
+      counts=counts,
+    )
+  )
+  leaves: list[Any] = [
+    np.stack(x) for x in zip(*(r for r, _ in rows), strict=True)
+  ]
+  return Packed(Batch(*leaves), [where for _, where in rows], counts)
+
+
+def pack_ordered(
+  examples: Iterable[tuple[int, Example]],
+  *,
+  row_length: int,
+  slots: int,
+  pairs: int,
+  counts: dict[str, int],
+) -> Iterator[tuple[Batch, list[tuple[int, int]]]]:
+  """As `pack`, of families that come in their order and rows given when full.
+
+  Args:
+    examples: (index, family), ordered by (`first_tokens`, index).
+    row_length: tokens in a row.
+    slots: readouts in a row.
+    pairs: pairs in a row.
+    counts: those of `Packed` are added to it.
+
+  Returns:
+    Rows (without the row axis), each with its provenance.
+
+  Raises:
+    ValueError: a segment, or the two segments of one pair, exceed a row.
+  """
+  for name in COUNTS:
+    counts.setdefault(name, 0)
   limits = (row_length, slots, pairs)
-  done: list[_Row] = []
+
+  def closed(row: _Row) -> tuple[Batch, list[tuple[int, int]]]:
+    counts["tokens_in_tries"] += row.size
+    counts["padding"] += row_length - row.size
+    return _arrays(row, *limits), [(i, n) for i, n, _ in row.slots]
+
   rows: list[_Row] = []
-  for index in order:
-    example = examples[index]
+  for index, example in examples:
     counts["tokens_alone"] += sum(len(s.tokens) for s in example.segments)
     parts = list(_split(example, limits))
     if len(parts) > 1:
@@ -125,20 +172,16 @@ def pack(
         if len(rows) == _OPEN_ROWS:
           fullest = max(rows, key=lambda r: r.size)
           rows.remove(fullest)
-          done.append(fullest)
+          yield closed(fullest)
         row = _Row()
         rows.append(row)
       row.add(index, part, numbers)
-  done += rows
-  counts["tokens_in_tries"] = sum(row.size for row in done)
-  counts["padding"] = len(done) * row_length - counts["tokens_in_tries"]
-  arrays = [_arrays(row, *limits) for row in done]
-  leaves: list[Any] = [np.stack(leaf) for leaf in zip(*arrays, strict=True)]
-  where = [[(i, n) for i, n, _ in row.slots] for row in done]
-  return Packed(Batch(*leaves), where, counts)
+  for row in rows:
+    yield closed(row)
 
 
-def _first_tokens(example: Example) -> tuple[int, ...]:
+def first_tokens(example: Example) -> tuple[int, ...]:
+  """The least of the sequences: neighbours in their order share prefixes."""
   return min(s.tokens for s in example.segments)
 
 
