@@ -295,7 +295,7 @@ def _conversations(
 
 
 def _plan(
-  _: None,
+  nothing: None,
   number: int,
   taxonomy: Any,
   options: dict[str, Any],
@@ -328,7 +328,7 @@ def _tallies(parts: Iterable[balance.Tally]) -> balance.Tally:
 
 
 def _cuts(
-  _: None, name: str, bounds: dict[str, Any], tally: balance.Tally
+  nothing: None, name: str, bounds: dict[str, Any], tally: balance.Tally
 ) -> Iterator[Any]:
   cuts, counts = balance.decide(tally, **bounds)
   yield cuts
@@ -420,7 +420,7 @@ def _earliest(
 
 
 def _layout(
-  _: None,
+  nothing: None,
   wanted: list[stages.Stage],
   first: list[stages.Candidate],
   tokens: int,

@@ -193,8 +193,13 @@ def merged(buckets: Iterable[Bucket]) -> Bucket:
   total = Bucket(dict.fromkeys(COUNTS, 0), 0, 0, 0.0, 0.0)
   for one in buckets:
     add(total.counts, one.counts)
-    sums = (a + b for a, b in zip(total[1:], one[1:], strict=True))
-    total = Bucket(total.counts, *sums)
+    total = Bucket(
+      total.counts,
+      total.families + one.families,
+      total.rows + one.rows,
+      total.label + one.label,
+      total.weight + one.weight,
+    )
   return total
 
 

@@ -48,8 +48,15 @@ class Found(NamedTuple):
 
 def empty(work: Path) -> Found:
   """Nothing yet; what does not fit in memory goes to the folder `work`."""
-  names = ("heldout", "bad", "families", "digests")
-  return Found({}, Counter(), *(Sorter(work / name) for name in names), [])
+  return Found(
+    counts={},
+    facts=Counter(),
+    heldout=Sorter(work / "heldout"),
+    bad=Sorter(work / "bad"),
+    families=Sorter(work / "families"),
+    digests=Sorter(work / "digests"),
+    records=[],
+  )
 
 
 def sift(
