@@ -1,6 +1,7 @@
 """Checkpoints (Orbax), their fingerprint, and restoring into any sharding."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from csrm_jax import manifest, peers, storage
 from csrm_jax.sharding import path_name
+from csrm_jax.storage import AnyPath
 from csrm_jax.types import Params, TrainState
 
 _ITEMS = ("params", "rest")
 
 
 def open_manager(
-  workdir: str | Path,
+  workdir: str | AnyPath,
   *,
   keep: int = 2,
   read_only: bool = False,
@@ -26,12 +29,13 @@ def open_manager(
 ) -> ocp.CheckpointManager:
   """The manager of `workdir/checkpoints`; saves asynchronously.
 
-  A step becomes visible by one rename after everything is written, so a run
-  killed while saving finds its previous checkpoint whole. With several
-  processes each writes the shards it holds, into a folder that all see.
+  A step becomes visible by one rename (in a bucket: by one file) after
+  everything is written, its manifest last, so a run killed while saving finds
+  its previous checkpoint whole. With several processes each writes the shards
+  it holds, into a folder that all see.
 
   Args:
-    workdir: folder that holds, or gets, `checkpoints/`.
+    workdir: folder, here or in a bucket, that holds, or gets, `checkpoints/`.
     keep: newest checkpoints that stay.
     read_only: nothing is created or deleted.
     alone: this process uses it without the others; they would all be waited
@@ -40,7 +44,7 @@ def open_manager(
   Raises:
     ValueError: `read_only`, and no checkpoints there.
   """
-  folder = Path(workdir).absolute() / "checkpoints"
+  folder = _folder(workdir)
   if read_only and not folder.is_dir():
     raise ValueError(
       f"{workdir}: no checkpoints/ here; train into it with launch/train.py "
@@ -58,12 +62,45 @@ def open_manager(
     read_only=read_only,
     cleanup_tmp_directories=not read_only,
     multiprocessing_options=together,
+    async_options=ocp.AsyncOptions(
+      post_finalization_callback=lambda: _write_manifest(folder)
+    ),
   )
   handlers = {
     name: ocp.StandardCheckpointHandler(multiprocessing_options=together)
     for name in _ITEMS
   }
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _folder(workdir: str | AnyPath) -> AnyPath:
+  where = storage.path(workdir)
+  return (
+    where.absolute() if isinstance(where, Path) else where
+  ) / "checkpoints"
+
+
+def _write_manifest(folder: AnyPath) -> None:
+  """Of the step that is whole and about to be made visible.
+
+  Orbax calls it then, in its writing thread and in process 0 alone, without
+  saying of which step: there is one at a time.
+  """
+  storage.refresh(folder)
+  for step in folder.iterdir():
+    if storage.is_remote(step):
+      coming = step.name.isdigit() and not _counts(step)
+    else:
+      coming = ".orbax-checkpoint-tmp" in step.name
+    if coming:
+      manifest.write(step)
+
+
+def _counts(step: AnyPath) -> bool:
+  """Whether a step is whole, as Orbax marks it here and in buckets."""
+  if not step.name.isdigit():
+    return False
+  return not storage.is_remote(step) or (step / "commit_success.txt").exists()
 
 
 @contextmanager
@@ -78,18 +115,55 @@ def _quietly() -> Iterator[None]:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-  """Starts saving `state` as `step`; a step that exists is left alone."""
+  """Starts saving `state` as `step`; a step that exists is left alone.
+
+  Raises:
+    ValueError: this or the save before could not be written; has the path.
+  """
   if step in manager.all_steps():
     return
   rest = state._replace(params={})
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params),
-      rest=ocp.args.StandardSave(_as_dict(rest)),
-    ),
-    force=True,
-  )
+  with _written(manager):
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        rest=ocp.args.StandardSave(_as_dict(rest)),
+      ),
+      force=True,
+      custom_metadata={"manifest": manifest.FILE},
+    )
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+  """Waits until what was saved is there.
+
+  Raises:
+    ValueError: it could not be written; has the path.
+  """
+  with _written(manager):
+    manager.wait_until_finished()
+
+
+@contextmanager
+def _written(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Tells a failure to write from one of the processes or of the program."""
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, TimeoutError, TypeError):
+    raise
+  except Exception as error:  # TensorStore has several for a full disk
+    raise ValueError(
+      f"{manager.directory}: a checkpoint could not be written: {error}; make "
+      "room or mend it, then start again: the run goes on from step "
+      f"{_newest(manager)}"
+    ) from error
+
+
+def _newest(manager: ocp.CheckpointManager) -> int:
+  """Newest step that is whole; 0 without any."""
+  folder = storage.path(manager.directory)
+  return max((int(p.name) for p in folder.iterdir() if _counts(p)), default=0)
 
 
 def restore(
@@ -98,8 +172,15 @@ def restore(
   """State of `step` in the shapes and shardings of `abstract`.
 
   Raises:
-    ValueError: the checkpoint holds other parameters than `abstract` asks for.
+    ValueError: a file of the checkpoint is missing, cut off or changed, or it
+      holds other parameters than `abstract` asks for.
   """
+  folder = storage.path(f"{manager.directory}/{step}")
+  if not peers.first("check of files", lambda: manifest.check(folder)):
+    note = (
+      f"{folder}: saved by an earlier version, without a manifest: unchecked"
+    )
+    print(note, file=sys.stderr)
   rest = abstract._replace(params={})
   try:
     restored = manager.restore(
@@ -123,7 +204,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 
 def restore_params(
-  workdir: str | Path, *, step: int | None = None, shardings: Any = None
+  workdir: str | AnyPath, *, step: int | None = None, shardings: Any = None
 ) -> Params:
   """Parameters alone, from the newest checkpoint unless `step` names one.
 
@@ -134,15 +215,26 @@ def restore_params(
       of this process, which then reads without the others.
 
   Raises:
-    ValueError: no checkpoint there.
+    ValueError: no checkpoint there, or a file of it is missing, cut off or
+      changed.
   """
+  alone = shardings is None
   with (
     _quietly(),
-    open_manager(workdir, read_only=True, alone=shardings is None) as manager,
+    open_manager(workdir, read_only=True, alone=alone) as manager,
   ):
     step = manager.latest_step() if step is None else step
     if step is None:
       raise ValueError(f"{workdir}/checkpoints: empty; train first")
+    folder = _folder(workdir) / str(step)
+    if not folder.is_dir():
+      raise ValueError(f"{folder}: no such checkpoint; name another step")
+    if alone:
+      manifest.check(folder, below="params/")
+    else:
+      peers.first(
+        "check of parameters", lambda: manifest.check(folder, below="params/")
+      )
     meta = manager.item_metadata(step)["params"]
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if shardings is None:

@@ -20,6 +20,8 @@ def default() -> Config:
   c.log_every = 1  # steps
   c.checkpoint_every = 100  # steps
   c.keep_checkpoints = 2
+  c.skips_allowed = 3  # steps in a row whose loss or gradient is not finite,
+  #                      each left out and counted; then the run stops
   c.resume = True  # go on from the newest checkpoint of the workdir
 
   c.model = m = ConfigDict()

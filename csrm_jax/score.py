@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from csrm_jax import CallableModule, checkpoint
+from csrm_jax import CallableModule, checkpoint, storage
 from csrm_jax.config import default
 from csrm_jax.data import contract, template
 from csrm_jax.data import tokenizer as tokenizers
@@ -30,6 +30,7 @@ from csrm_jax.model import reward
 from csrm_jax.model.pretrained import SMOLLM2_INSTALL
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.spec import Spec
+from csrm_jax.storage import AnyPath
 from csrm_jax.types import Batch, Example, Params, Segment
 
 Messages = Sequence[template.Message]
@@ -132,21 +133,24 @@ class Item(NamedTuple):
   spec_fingerprint: str
 
 
-def load(path: str | Path, *, base: str | Path = "") -> Judge:
-  """Loads a judge, offline.
+def load(path: str | AnyPath, *, base: str | Path = "") -> Judge:
+  """Loads a judge, offline unless it is in a bucket.
 
   Args:
     path: a workdir, one step of its `checkpoints/`, an exported folder or any
       Hugging Face reward model with one label, or a causal language model
       (folder, .gguf, "smollm2"): that one judges zero-shot, by how much
-      likelier " safe" is than " unsafe".
+      likelier " safe" is than " unsafe". The first three also as gs://.
     base: of an exported adapter: where its backbone is, if not where it was
       when the adapter was written.
 
   Raises:
-    ValueError: there is no model there, or it was made for another template
-      or another base.
+    ValueError: there is no model there, it was made for another template or
+      another base, or a file of the checkpoint is damaged.
   """
+  where = storage.path(path, flag="--model")
+  if storage.is_remote(where):
+    return _load_remote(where, base)
   folder, step = Path(path), None
   if adapters.is_adapter(folder):
     return _load_adapter(folder, str(base))
@@ -155,8 +159,7 @@ def load(path: str | Path, *, base: str | Path = "") -> Judge:
       f"--base={base}: {path} is no adapter (no {adapters.CONFIG}), so it needs"
       " no base; leave --base out"
     )
-  if folder.parent.name == "checkpoints" and folder.name.isdigit():
-    folder, step = folder.parent.parent, int(folder.name)
+  folder, step = _step_of(folder)
   if (folder / "model.json").is_file():
     return _load_workdir(folder, step)
   if str(path) != "smollm2" and not folder.exists():
@@ -167,9 +170,32 @@ def load(path: str | Path, *, base: str | Path = "") -> Judge:
   return _load_pretrained(str(path))
 
 
-def _load_workdir(folder: Path, step: int | None) -> Judge:
-  described = json.loads((folder / "model.json").read_text("utf-8"))
-  tokenizer = tokenizers.load(folder)
+def _step_of(folder: AnyPath) -> tuple[AnyPath, int | None]:
+  """The workdir of a step of its checkpoints, and which; else as it is."""
+  if folder.parent.name == "checkpoints" and folder.name.isdigit():
+    return folder.parent.parent, int(folder.name)
+  return folder, None
+
+
+def _load_remote(where: AnyPath, base: str | Path) -> Judge:
+  """A workdir in its bucket; anything else once it is here."""
+  folder, step = _step_of(where)
+  if (folder / "model.json").is_file():
+    return _load_workdir(folder, step)
+  if not where.is_dir():
+    raise ValueError(
+      f"--model={where}: no such folder; give a workdir of launch/train.py, an"
+      " export or a Hugging Face folder"
+    )
+  judge = load(storage.fetch(where), base=base)
+  return dataclasses.replace(judge, path=str(where))
+
+
+def _load_workdir(folder: AnyPath, step: int | None) -> Judge:
+  described = storage.read_json(
+    folder / "model.json", remedy="bring it back, or train again"
+  )
+  tokenizer = tokenizers.load(storage.fetch(folder, *tokenizers.FILES))
   _check_template(folder, described, tokenizer)
   model = reward.from_description(described, row_length=1)
   params = checkpoint.restore_params(folder, step=step)
@@ -248,7 +274,7 @@ def _load_pretrained(path: str) -> Judge:
 
 
 def _check_template(
-  origin: str | Path, described: Mapping[str, Any], tokenizer: Tokenizer
+  origin: str | AnyPath, described: Mapping[str, Any], tokenizer: Tokenizer
 ) -> None:
   """Refuses a model trained on prompts that this code would not write."""
   stored = described.get("template_fingerprint")
@@ -490,7 +516,7 @@ def _rows(batch: Batch, first: int, count: int) -> Batch:
 def score_file(
   judge: Judge,
   source: str | Path,
-  output: str | Path,
+  output: str | AnyPath,
   *,
   spec: Spec | None = None,
   turns: str = "last",
@@ -504,7 +530,8 @@ def score_file(
   Args:
     judge: of `load`.
     source: rows of the data contract; labels are not needed.
-    output: file to write; rows put aside go to OUTPUT.quarantine.jsonl.
+    output: file to write, here or gs://; rows put aside go to
+      OUTPUT.quarantine.jsonl.
     spec: judges every row, in place of the rows' own specs.
     turns: see `score_rows`; "any" adds "calibrated" and "turn" to each line.
     max_tokens: see `score_rows`.
@@ -522,7 +549,7 @@ def score_file(
   check_options(
     judge, turns=turns, max_tokens=max_tokens, helpfulness=helpfulness
   )
-  output = Path(output)
+  output = storage.path(output, flag="--output")
   counts: dict[str, int] = {}
   aside: list[dict[str, Any]] = []
   rows = contract.read_rows(
@@ -584,11 +611,11 @@ def _as_line(
   return line
 
 
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _write_lines(path: AnyPath, lines: Sequence[Mapping[str, Any]]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("w", encoding="utf-8") as out:
+  with storage.naming(path), path.open("wb") as out:
     for line in lines:
-      out.write(json.dumps(line) + "\n")
+      out.write((json.dumps(line) + "\n").encode())
 
 
 def _line_of(path: Path, n: int) -> int:

@@ -7,13 +7,12 @@ Of several processes the first prepares and the others wait.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from csrm_jax import errors, hosts, peers
+from csrm_jax import errors, hosts, peers, storage
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Rows go to its folder data/")
@@ -30,8 +29,13 @@ def write_rows() -> None:
   from csrm_jax.train.loop import load_tokenizer
 
   config = _CONFIG.value
-  folder = Path(str(_WORKDIR.value)) / "data"
-  meta = prepare(config, folder, load_tokenizer(config))
+  folder = storage.path(str(_WORKDIR.value)) / "data"
+  local = storage.here(folder)  # ArrayRecord files are written here
+  with storage.naming(folder):
+    meta = prepare(config, local, load_tokenizer(config))
+  if storage.is_remote(folder):
+    storage.remove(folder)
+    storage.put(local, folder, last="meta.json")
   print(json.dumps(meta, indent=2))
   counts = meta["counts"]
   shared = counts["tokens_alone"] / max(counts["tokens_in_tries"], 1)

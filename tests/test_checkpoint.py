@@ -1,9 +1,12 @@
+import hashlib
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csrm_jax import checkpoint
+from csrm_jax import checkpoint, manifest, storage
 from csrm_jax.train import optimizer as optimizers
 from csrm_jax.train import step as steps
 from tests import packing
@@ -61,9 +64,36 @@ def test_another_model_is_refused(tmp_path):
     checkpoint.restore(manager, 1, other)
 
 
+def test_manifest_lists_every_file_that_holds_values(tmp_path):
+  saved(tmp_path, some_state(), 1, 2)
+  for step in ("1", "2"):
+    folder = tmp_path / "checkpoints" / step
+    listed = json.loads((folder / manifest.FILE).read_text())["files"]
+    found = {k for k in storage.files(folder) if "/" in k}
+    assert set(listed) == found and any(k.startswith("rest/") for k in found)
+    for name, wanted in listed.items():
+      held = (folder / name).read_bytes()
+      assert wanted == {
+        "bytes": len(held), "sha256": hashlib.sha256(held).hexdigest()
+      }  # fmt: skip
+    assert manifest.check(folder)
+
+
+def test_scoring_reads_on_where_the_optimizer_is_damaged(tmp_path):
+  saved(tmp_path, some_state(), 1)
+  folder = tmp_path / "checkpoints" / "1"
+  next(p for p in (folder / "rest").rglob("*") if p.is_file()).unlink()
+  assert checkpoint.restore_params(tmp_path)
+  with pytest.raises(ValueError, match=r"rest/.*: missing; .*none before it"):
+    manifest.check(folder)
+
+
 def test_missing_checkpoints_are_named(tmp_path):
   with pytest.raises(ValueError, match="no checkpoints/ here"):
     checkpoint.restore_params(tmp_path)
+  saved(tmp_path, some_state(), 1)
+  with pytest.raises(ValueError, match="checkpoints/3: no such checkpoint"):
+    checkpoint.restore_params(tmp_path, step=3)
 
 
 def test_hash_sees_names_shapes_and_bits():

@@ -275,6 +275,20 @@ def test_loader_plays_the_stages_first_then_epochs(config, tmp_path):
   assert keys(0, 9) == [again(i).tokens.tobytes() for i in range(9)]
 
 
+def test_row_of_a_run_and_its_record(config, tmp_path):
+  config.data.update(heldout=0.0, row_length=384, stages="jsonl:3")
+  folder = prepare.ensure(config, tmp_path / "run", tiny.tokenizer())
+  meta = prepare.read_meta(folder)
+  stored = _stored(folder, meta)
+  rows = loader.open_rows(folder, seed=3)
+  numbers = loader.record_numbers(folder, seed=3)
+  found = [numbers(i) for i in range(3 * meta["rows"])]
+  assert sorted(found[: meta["rows"]]) == list(range(meta["rows"]))
+  assert found[: meta["rows"]] != sorted(found[: meta["rows"]])
+  for i, record in enumerate(found):
+    assert rows(i).tokens.tobytes() == stored[record]
+
+
 def test_cut_record_file_is_refused(config, tmp_path):
   folder = prepare.ensure(config, tmp_path / "run", tiny.tokenizer())
   meta = prepare.read_meta(folder)

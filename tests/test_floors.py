@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "csrm_jax"
 
 FLOORS = {
   "types": 0, "config": 0, "spec": 0, "markdown": 0, "errors": 0,
-  "hosts": 0, "peers": 0,
-  "losses": 1, "metrics": 1, "sharding": 1, "checkpoint": 1, "model": 1,
-  "data": 1,
+  "hosts": 0, "peers": 0, "storage": 0,
+  "losses": 1, "metrics": 1, "sharding": 1, "checkpoint": 1, "manifest": 1,
+  "model": 1, "data": 1,
   "score": 2,
   "eval": 3, "rules": 3,
   "train": 4,

@@ -15,6 +15,7 @@ from csrm_jax.data.prepare import read_meta, row_dtype
 from csrm_jax.types import Batch
 
 Rows = Callable[[int], Batch]
+RECORDS = "train.array_record"
 
 
 def open_rows(folder: str | Path, *, seed: int) -> Rows:
@@ -25,36 +26,54 @@ def open_rows(folder: str | Path, *, seed: int) -> Rows:
   the row axis (NumPy).
 
   Raises:
-    ValueError: no prepared rows in `folder`, or fewer than the manifest says.
+    ValueError: no prepared rows in `folder`, or fewer than the manifest says;
+      the function does for a record that is damaged.
   """
   meta = read_meta(folder)
-  path = Path(folder) / "train.array_record"
-  source: Any = grain.sources.ArrayRecordDataSource(str(path))
-  if len(source) != meta["rows"]:
+  path = Path(folder) / RECORDS
+  remedy = f"the file was cut or changed: delete {folder} to prepare it again"
+  try:
+    source: Any = grain.sources.ArrayRecordDataSource(str(path))
+    number = len(source)
+  except Exception as error:  # ArrayRecord has its own for each damage
+    raise ValueError(f"{path}: {error}; {remedy}") from error
+  if number != meta["rows"]:
     raise ValueError(
-      f"{path}: {len(source)} rows, but meta.json says {meta['rows']}; the "
-      "file was cut or replaced: prepare again"
+      f"{path}: {number} rows, but meta.json says {meta['rows']}; {remedy}"
     )
   dtype = row_dtype(**meta["shape"])
-  records = grain.MapDataset.source(source)
-  seed %= 2**32
-  ends = list(itertools.accumulate(meta["stage_rows"], initial=0))
-  stages = [
-    records[start:end].shuffle(seed=seed)
-    for start, end in itertools.pairwise(ends)
-  ]
-  rest = records[ends[-1] :].shuffle(seed=seed).repeat()
+  numbers = record_numbers(folder, seed=seed)
 
   def row(index: int) -> Batch:
-    if index < ends[-1]:
-      stage = bisect.bisect_right(ends, index) - 1
-      record: Any = stages[stage][index - ends[stage]]
-    else:
-      record = rest[index - ends[-1]]
-    fields = np.frombuffer(record, dtype)[0]
+    record = numbers(index)
+    try:
+      fields = np.frombuffer(source[record], dtype)[0]
+    except Exception as error:
+      raise ValueError(f"{path}: record {record}: {error}; {remedy}") from error
     return Batch(*(fields[name] for name in Batch._fields))
 
   return row
+
+
+def record_numbers(folder: str | Path, *, seed: int) -> Callable[[int], int]:
+  """Which record of the file is row i of a run, as a function of i."""
+  meta = read_meta(folder)
+  records = grain.MapDataset.range(meta["rows"])
+  seed %= 2**32
+  ends = list(itertools.accumulate(meta["stage_rows"], initial=0))
+  stages: list[Any] = [
+    records[start:end].shuffle(seed=seed)
+    for start, end in itertools.pairwise(ends)
+  ]
+  rest: Any = records[ends[-1] :].shuffle(seed=seed).repeat()
+
+  def number(index: int) -> int:
+    if index < ends[-1]:
+      stage = bisect.bisect_right(ends, index) - 1
+      return int(stages[stage][index - ends[stage]])
+    return int(rest[index - ends[-1]])
+
+  return number
 
 
 def batch_at(

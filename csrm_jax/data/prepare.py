@@ -15,6 +15,7 @@ from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from csrm_jax import storage
 from csrm_jax.config import Config
 from csrm_jax.data import balance, families, found, local, sources, template
 from csrm_jax.data.families import Bucket, row_dtype
@@ -61,7 +62,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
       f"{folder}: no meta.json here, so no prepared rows; write them with "
       "launch/prepare.py --workdir=DIR"
     )
-  return json.loads(path.read_text())
+  return storage.read_json(
+    path, remedy=f"delete {folder} to have the rows made again"
+  )
 
 
 def prepare(

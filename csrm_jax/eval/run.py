@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
-from csrm_jax import metrics, score
+from csrm_jax import metrics, score, storage
 from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
 from csrm_jax.eval import (
@@ -33,6 +33,7 @@ from csrm_jax.eval.gaps import unseen_gaps
 from csrm_jax.eval.judges import Judge, Row
 from csrm_jax.eval.measured import key_of, remember
 from csrm_jax.eval.suites import Suite
+from csrm_jax.storage import AnyPath
 
 METRICS = (
   "auroc",
@@ -70,11 +71,11 @@ class Model(NamedTuple):
 
 
 def evaluate(
-  model: str | Path | Judge,
+  model: str | AnyPath | Judge,
   suite_names: str | Sequence[str],
   *,
   data: str | Path | None = None,
-  output: str | Path | None = None,
+  output: str | AnyPath | None = None,
   judge_names: Sequence[str] = judging.NAMES,
   train_rows: str | Path | None = None,
   rows: int = 0,
@@ -86,14 +87,14 @@ def evaluate(
   """Judges suites with a model and its baselines.
 
   Args:
-    model: a workdir, a checkpoint or a Hugging Face folder; or any judge, a
-      function from rows to log-odds.
+    model: a workdir, a checkpoint or a Hugging Face folder, here or gs://; or
+      any judge, a function from rows to log-odds.
     suite_names: of `suites.read`, or "real" for all of `real.REAL`; one string
       joined by commas or several.
     data: folder of real sets or of prepared rows.
-    output: where the report goes, usually report.json; rows.jsonl, the PNGs,
-      a page (.html) and, with probes, probes.md go beside it. None: nothing is
-      written.
+    output: where the report goes, here or gs://, usually report.json;
+      rows.jsonl, the PNGs, a page (.html) and, with probes, probes.md go beside
+      it. None: nothing is written.
     judge_names: of `judges.NAMES` and `judges.BASELINES`, "hf:FOLDER",
       "endpoint:MODEL@URL" (key in the environment, `ENDPOINT_KEY`), or any
       model that `score.load` takes.
@@ -115,10 +116,11 @@ def evaluate(
   """
   began = time.perf_counter()
   if output is not None:
-    _check_output(Path(output))
+    output = storage.path(output, flag="--output")
+    _check_output(output)
   suite_names = suites.names(suite_names)
   _check_judges(judge_names)
-  folder = None if callable(model) else Path(model)
+  folder = None if callable(model) else recipes.here(model)
   loaded = [
     suites.read(name, data=data, model=folder, rows=rows, seed=seed)
     for name in suite_names
@@ -191,11 +193,12 @@ def evaluate(
   if notes:
     report["notes"] = [*report.get("notes", []), *notes]
   if output is not None:
-    _write(Path(output), report, lines, scored, folder)
+    with storage.naming(output), storage.writing_beside(output) as local:
+      _write(local, report, lines, scored, folder)
   return report
 
 
-def open_model(model: str | Path | Judge) -> Model:
+def open_model(model: str | AnyPath | Judge) -> Model:
   """A model folder, or a function from rows to log-odds, as a `Model`."""
   if callable(model):
     return Model(remember(model), {}, 1.0, collections.Counter())
@@ -483,7 +486,7 @@ def peak_memory_gib() -> float:
   return usage * unit / 2**30
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: AnyPath) -> None:
   """Refuses a folder in which `rows.jsonl` is somebody's data.
 
   Raises:
@@ -492,8 +495,8 @@ def _check_output(output: Path) -> None:
   path = output.parent / ROWS_FILE
   if not path.is_file():
     return
-  with path.open(encoding="utf-8", errors="replace") as found:
-    first = found.readline()
+  with path.open("rb") as found:
+    first = found.readline().decode("utf-8", "replace")
   if first.strip() and not ('"suite"' in first and '"judge"' in first):
     raise ValueError(
       f"--output={output}: {path} would be overwritten by the scores of each "

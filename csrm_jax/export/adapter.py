@@ -16,13 +16,14 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
-from csrm_jax import score
-from csrm_jax.eval.recipes import workdir_of
+from csrm_jax import score, storage
+from csrm_jax.eval import recipes
 from csrm_jax.export import adapter_card, huggingface
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, pretrained
 from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.score import Judge
+from csrm_jax.storage import AnyPath
 from csrm_jax.types import Params
 
 MAX_MIB = 16.0  # of the weights file; a hundred times that is a model
@@ -32,8 +33,8 @@ _NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def export(
-  model: str | Path,
-  output: str | Path,
+  model: str | AnyPath,
+  output: str | AnyPath,
   *,
   head: str = "compliance",
   max_mib: float = MAX_MIB,
@@ -42,7 +43,7 @@ def export(
 
   Args:
     model: a workdir of launch/train.py, or one of its checkpoints.
-    output: folder to write; an earlier export there is replaced.
+    output: folder to write, here or gs://; an earlier export there is replaced.
     head: "compliance" or "helpfulness", as in `huggingface.export`.
     max_mib: largest weights file, MiB.
 
@@ -55,9 +56,9 @@ def export(
     ValueError: no adapters, no published base or another one, a file larger
       than `max_mib`, or what `huggingface.export` raises for.
   """
-  output = Path(output)
+  output = storage.path(output, flag="--output")
   huggingface.check_output(output)
-  workdir = workdir_of(model)
+  workdir = recipes.workdir_of(recipes.here(model))
   if workdir is None:
     raise ValueError(
       f"--model={model}: --format=adapter needs a workdir of launch/train.py,"
@@ -74,7 +75,7 @@ def export(
   row = huggingface.head_row(judge, head)
   base = _base(judge, recipe["model"]["path"])
   rounded = dataclasses.replace(judge, params=_rounded(judge.params))
-  with huggingface.writing(output) as partial:
+  with storage.naming(output), storage.writing(output) as partial:
     _write_weights(partial, judge, row)
     described = huggingface.metadata(judge, head) | {"base": base}
     huggingface.write_json(partial / adapters.METADATA, described)

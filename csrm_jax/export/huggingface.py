@@ -4,10 +4,8 @@ transformers, TRL and vLLM take it as a reward model. Before the folder gets
 its name, it is loaded again and must score fixed rows as the judge does.
 """
 
-import contextlib
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +14,15 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
-from csrm_jax import score
+from csrm_jax import score, storage
 from csrm_jax.data import template
+from csrm_jax.eval import recipes
 from csrm_jax.export import card
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, names
 from csrm_jax.model.backbone import ARCHITECTURE_NAMES
 from csrm_jax.score import Judge
+from csrm_jax.storage import AnyPath
 from csrm_jax.types import Params
 
 HEADS = ("compliance", "helpfulness")
@@ -45,13 +45,13 @@ class Check(NamedTuple):
 
 
 def export(
-  model: str | Path, output: str | Path, *, head: str = "compliance"
+  model: str | AnyPath, output: str | AnyPath, *, head: str = "compliance"
 ) -> dict[str, Any]:
   """Writes and verifies a `*ForSequenceClassification` folder.
 
   Args:
     model: anything that `score.load` takes.
-    output: folder to write; an earlier export there is replaced.
+    output: folder to write, here or gs://; an earlier export there is replaced.
     head: "compliance" (the score is log-odds under `spec=`, temperature folded
       in) or "helpfulness" (read without any spec).
 
@@ -62,36 +62,22 @@ def export(
     ValueError: the head is missing or not linear, `output` holds something
       else, or a verified row differs by more than `TOLERANCE`.
   """
-  output = Path(output)
+  output = storage.path(output, flag="--output")
   check_output(output)
   judge = score.load(model)
+  facts = recipes.here(model)
   row = head_row(judge, head)
-  with writing(output) as partial:
+  with storage.naming(output), storage.writing(output) as partial:
     _write_weights(partial, judge, row)
     config = _config(judge, head)
     write_json(partial / "config.json", config)
     write_tokenizer(partial, judge, head)
     check = verify(judge, partial, head)
     text = card.render(
-      config, check._asdict(), report=report_of(model), base=base_of(model)
+      config, check._asdict(), report=report_of(facts), base=base_of(facts)
     )
     (partial / "README.md").write_text(text, encoding="utf-8")
   return {"output": str(output), "head": head, **check._asdict()}
-
-
-@contextlib.contextmanager
-def writing(output: Path) -> Iterator[Path]:
-  """A folder beside `output` that takes its name once the block succeeded."""
-  partial = output.with_name(output.name + ".partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  shutil.rmtree(output, ignore_errors=True)
-  partial.rename(output)
 
 
 def head_row(judge: Judge, head: str) -> Float[np.ndarray, " d"]:
@@ -130,7 +116,7 @@ def head_row(judge: Judge, head: str) -> Float[np.ndarray, " d"]:
   return kernel[0] / np.float32(judge.temperature)
 
 
-def check_output(output: Path) -> None:
+def check_output(output: AnyPath) -> None:
   """Refuses to replace a folder that is no export of ours."""
   if output.is_file():
     raise ValueError(f"--output={output} is a file; name a folder")

@@ -1,10 +1,7 @@
 """The training run: prepare, restore, step, log, checkpoint, calibrate."""
 
 import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from csrm_jax import checkpoint, peers, sharding
-from csrm_jax.config import Config, default
+from csrm_jax import checkpoint, peers, sharding, storage
+from csrm_jax.config import Config
 from csrm_jax.data import loader, template
 from csrm_jax.data import prepare as preparation
 from csrm_jax.data import tokenizer as tokenizers
@@ -22,25 +19,14 @@ from csrm_jax.eval import calibrate
 from csrm_jax.losses import TERMS
 from csrm_jax.model import reward
 from csrm_jax.model.reward import LoadParams, RewardModel
+from csrm_jax.storage import AnyPath
 from csrm_jax.train import optimizer as optimizers
 from csrm_jax.train import step as steps
+from csrm_jax.train import workdir as workdirs
 from csrm_jax.types import TrainState
 
-# Keys that may change between the parts of one run without changing what it
-# computes; any other difference would silently mix two recipes.
-_FREE_KEYS = (
-  "log_every",
-  "checkpoint_every",
-  "keep_checkpoints",
-  "resume",
-  "mesh",
-  "data.path",
-  "data.prepared",
-)
-_SKIPS_ALLOWED = 3  # non-finite steps in a row that stop a run
 
-
-def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
+def fit(config: Config, workdir: str | AnyPath) -> dict[str, Any]:
   """Trains as `config` says, resuming the workdir's newest checkpoint.
 
   Of several processes (`peers.joined`) each must call it, on a workdir that all
@@ -48,34 +34,45 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
 
   Args:
     config: of `config.default()`.
-    workdir: receives data/, checkpoints/, metrics.jsonl, TensorBoard events,
-      config.json, model.json, the tokenizer, and result.json at the end.
+    workdir: a folder, or gs://BUCKET/FOLDER; receives data/, checkpoints/,
+      metrics.jsonl, TensorBoard events, config.json, model.json, the
+      tokenizer, and result.json at the end.
 
   Returns:
     What result.json holds; without "params_sha256" if SIGTERM ended the run
     early (state is saved).
 
   Raises:
-    ValueError: the workdir holds another recipe; batch and mesh do not fit;
-      processes differ in what they were given or see.
-    FloatingPointError: three steps in a row were not finite.
+    ValueError: the workdir holds another recipe, template or data, or a damaged
+      checkpoint; batch and mesh do not fit; processes differ in what they were
+      given or see; the disk is full.
+    FloatingPointError: `skips_allowed` steps in a row were not finite.
   """
-  workdir = Path(workdir)
+  workdir = storage.path(workdir)
+  with storage.naming(workdir):
+    return _fit(config, workdir)
+
+
+def _fit(config: Config, workdir: AnyPath) -> dict[str, Any]:
   workdir.mkdir(parents=True, exist_ok=True)
   peers.agree("config", json.dumps(config.to_dict(), sort_keys=True))
-  peers.first("recipe", lambda: _check_recipe(config, workdir))
+  peers.first("recipe", lambda: workdirs.check_recipe(config, workdir))
   tokenizer = load_tokenizer(config)
-  data = Path(
+  data = workdirs.local_rows(
     peers.first(
-      "preparation", lambda: str(preparation.ensure(config, workdir, tokenizer))
+      "preparation", lambda: workdirs.ensure_rows(config, workdir, tokenizer)
     )
   )
-  peers.agree("prepared rows", preparation.read_meta(data)["fingerprint"])
+  rows = preparation.read_meta(data)["fingerprint"]
+  peers.agree("prepared rows", rows)
   model, load_params = make_model(config, tokenizer)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_rows(config.batch_rows, config.microbatches, mesh)
   peers.first(
-    "description", lambda: _write_recipe(config, workdir, model, tokenizer)
+    "description",
+    lambda: workdirs.write_recipe(
+      config, workdir, model, tokenizer, data_fingerprint=rows
+    ),
   )
   optimizer = make_optimizer(config)
 
@@ -94,9 +91,9 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
     )
     state, stopped = _run(config, workdir, data, mesh, saved, state, step)
     checkpoint.save(saved, int(state.step), state)
-    saved.wait_until_finished()
+    checkpoint.finish(saved)
   counters = _counters(state)
-  result = peers.first("summary", lambda: counters | _logged(workdir))
+  result = peers.first("summary", lambda: counters | workdirs.logged(workdir))
   if stopped:
     if peers.is_first():
       print(f"stopped at step {result['step']}; saved, run again to go on")
@@ -107,7 +104,7 @@ def fit(config: Config, workdir: str | Path) -> dict[str, Any]:
   def finish() -> dict[str, Any]:
     heldout = data / "heldout.jsonl"
     whole = result | calibrate.calibrate_workdir(workdir, heldout)
-    _write_json(workdir / "result.json", whole)
+    storage.write_json(workdir / "result.json", whole)
     return whole
 
   return peers.first("calibration", finish)
@@ -197,11 +194,11 @@ def _run(config, workdir, data, mesh, saved, state, step):
   first = int(state.step)
   spent = 0.0
   if peers.is_first():
-    spent = _trim_log(workdir / "metrics.jsonl", first)
+    spent = workdirs.trim_log(workdir, first)
   began = mark = time.perf_counter()
   tokens, last_logged = 0.0, first
   with (
-    _log(workdir) as log,
+    workdirs.open_log(workdir) as log,
     peers.preempted() as preempted,
     tqdm(
       total=config.steps,
@@ -220,12 +217,8 @@ def _run(config, workdir, data, mesh, saved, state, step):
       )
       state, metrics = step(state, batch)
       metrics = {name: float(x) for name, x in metrics.items()}
-      if metrics["skipped_in_a_row"] >= _SKIPS_ALLOWED:
-        raise FloatingPointError(
-          f"step {k + 1}: loss or gradient not finite {_SKIPS_ALLOWED} times "
-          f"in a row; lower optimizer.lr (now {config.optimizer.lr}) or look "
-          f"at the rows of batches {k - 1} to {k + 1} in {data}"
-        )
+      if metrics["skipped_in_a_row"] >= config.skips_allowed:
+        raise FloatingPointError(_not_finite(config, data, k))
       tokens += metrics.pop("tokens")
       if (k + 1) % config.log_every == 0 or k + 1 == config.steps:
         now = time.perf_counter()
@@ -234,56 +227,30 @@ def _run(config, workdir, data, mesh, saved, state, step):
         line["tokens"] = float(state.tokens)
         line["tokens_per_second"] = speed
         line["seconds"] = spent + now - began
-        log(line)
+        log.add(line)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens_s=f"{speed:.0f}")
         bar.update(k + 1 - last_logged)
         mark, tokens, last_logged = now, 0.0, k + 1
       if (k + 1) % config.checkpoint_every == 0:
+        log.keep()  # ahead of the checkpoint: its steps are not logged again
         checkpoint.save(saved, k + 1, state)
       if preempted(k + 1):
         return state, k + 1 < config.steps
   return state, False
 
 
-@contextmanager
-def _log(workdir: Path) -> Iterator[Any]:
-  """A function that appends one line of metrics to both logs."""
-  if not peers.is_first():
-    yield lambda line: None
-    return
-  from tensorboardX import SummaryWriter  # imports torch where it finds it
-
-  board = SummaryWriter(str(workdir / "tensorboard"))
-  with (workdir / "metrics.jsonl").open("a") as out:
-
-    def log(line: dict[str, float | int]) -> None:
-      out.write(json.dumps(line) + "\n")
-      out.flush()
-      for name, value in line.items():
-        board.add_scalar(name, value, int(line["step"]))
-
-    yield log
-  board.close()
-
-
-def _trim_log(path: Path, step: int) -> float:
-  """Drops lines of steps after the checkpoint; returns the seconds spent.
-
-  A run killed between two checkpoints repeats the steps since the first, and
-  a line half written ends the file.
-  """
-  if not path.is_file():
-    return 0.0
-  kept = []
-  for text in path.read_text().splitlines():
-    try:
-      line = json.loads(text)
-    except json.JSONDecodeError:
-      break
-    if line["step"] <= step:
-      kept.append(line)
-  path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-  return kept[-1]["seconds"] if kept else 0.0
+def _not_finite(config: Config, data: Path, k: int) -> str:
+  """What to say once too many steps in a row, step k the last, were skipped."""
+  number = loader.record_numbers(data, seed=config.seed)
+  count = config.skips_allowed
+  first = (k + 1 - count) * config.batch_rows
+  found = [number(i) for i in range(first, (k + 1) * config.batch_rows)]
+  shown = ", ".join(map(str, found[:64])) + (", ..." if found[64:] else "")
+  return (
+    f"step {k + 1}: loss or gradient not finite {count} times in a row "
+    f"(skips_allowed = {count}); lower optimizer.lr (now {config.optimizer.lr})"
+    f" or look at the rows: records {shown} of {data / loader.RECORDS}"
+  )
 
 
 def _counters(state: TrainState) -> dict[str, Any]:
@@ -292,79 +259,3 @@ def _counters(state: TrainState) -> dict[str, Any]:
     "tokens": float(state.tokens),
     "skipped": int(state.skipped),
   }
-
-
-def _logged(workdir: Path) -> dict[str, Any]:
-  text = (workdir / "metrics.jsonl").read_text().splitlines()
-  lines = [json.loads(line) for line in text]
-  last = [line["loss"] for line in lines[-10:]]
-  return {"loss": float(np.mean(last)), "seconds": lines[-1]["seconds"]}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
-
-
-def _check_recipe(config: Config, workdir: Path) -> None:
-  """Refuses to resume a workdir that another recipe made.
-
-  Raises:
-    ValueError: names the first key that differs, with both values.
-  """
-  path = workdir / "config.json"
-  if not path.is_file() or not (workdir / "checkpoints").is_dir():
-    return
-  if not config.resume:
-    raise ValueError(
-      f"{workdir}: holds a run already and config.resume is False; name a new "
-      "--workdir, or delete this one"
-    )
-  # A key that came after the run began had what is its default now.
-  before = _flat(default().to_dict()) | _flat(json.loads(path.read_text()))
-  after = _flat(config.to_dict())
-  for key in sorted(before.keys() | after.keys()):
-    free = any(key == k or key.startswith(k + ".") for k in _FREE_KEYS)
-    if not free and before.get(key) != after.get(key):
-      raise ValueError(
-        f"{workdir}: made with {key} = {before.get(key)!r}, now "
-        f"{after.get(key)!r}; set it back to go on, or name a new --workdir"
-      )
-
-
-def _write_recipe(config, workdir, model: RewardModel, tokenizer) -> None:
-  """config.json, model.json and the tokenizer; what `score.load` reads.
-
-  Raises:
-    ValueError: the workdir's model was trained on another prompt template.
-  """
-  path = workdir / "model.json"
-  described = reward.describe(model)
-  described["template_fingerprint"] = template.fingerprint(tokenizer)
-  described["tokenizer_fingerprint"] = tokenizer.fingerprint()
-  described["temperature"] = 1.0
-  if path.is_file() and (workdir / "checkpoints").is_dir():
-    before = json.loads(path.read_text())
-    for name in ("template_fingerprint", "tokenizer_fingerprint"):
-      if before.get(name) != described[name]:
-        raise ValueError(
-          f"{workdir}: {name} was {before.get(name)}, now {described[name]}; "
-          "go on with the code and tokenizer that began it, or name a new "
-          "--workdir"
-        )
-    described["temperature"] = before.get("temperature", 1.0)
-  tokenizer.save(workdir)
-  _write_json(workdir / "config.json", config.to_dict())
-  _write_json(path, described)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-  """Writes beside and renames, so that a killed run leaves no half file."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n")
-  os.replace(partial, path)
