@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,10 @@ def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
   Raises:
     ValueError: this or the save before could not be written; has the path.
   """
-  if step in manager.all_steps():
-    return
   rest = state._replace(params={})
   with _written(manager):
+    if step in manager.all_steps():
+      return
     manager.save(
       step,
       args=ocp.args.Composite(
@@ -143,6 +143,29 @@ def finish(manager: ocp.CheckpointManager) -> None:
   """
   with _written(manager):
     manager.wait_until_finished()
+
+
+@contextmanager
+def opened(
+  workdir: str | AnyPath, *, keep: int = 2
+) -> Iterator[ocp.CheckpointManager]:
+  """`open_manager`, closed at the end.
+
+  A failure to write is often raised twice, at the save and at the close; of
+  both, the first is told.
+
+  Raises:
+    ValueError: what was saved last could not be written; has the path.
+  """
+  manager = open_manager(workdir, keep=keep)
+  try:
+    yield manager
+  except BaseException:
+    with suppress(Exception):
+      manager.close()
+    raise
+  with _written(manager):
+    manager.close()
 
 
 @contextmanager

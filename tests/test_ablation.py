@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from csrm_jax.config import default
 from csrm_jax.data import prepare
 from csrm_jax.train import loop
 
@@ -163,7 +164,7 @@ def test_steps_come_as_near_to_the_budget_as_can_be(monkeypatch, budget):
   sizes = [10, 30, 7, 4, 21] * 20
   monkeypatch.setattr(ablation.loader, "open_rows", lambda *_, **__: None)
   monkeypatch.setattr(ablation, "_tokens", lambda c, r, k: sizes[k])
-  config = ablation.loop.default()
+  config = default()
   steps = ablation.steps_for(config, Path(), budget)
   apart = [abs(sum(sizes[:n]) - budget) for n in range(1, 100)]
   assert abs(sum(sizes[:steps]) - budget) == min(apart)

@@ -107,6 +107,7 @@ def test_prepared_folder_and_its_manifest(config, tmp_path):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_augmented_rows_are_described_in_the_manifest(config, tmp_path):
   config.data.update(source="synthetic_augmented", path=None, examples=60)
   config.data.update(row_length=4096, slots=256, pairs=512)
@@ -284,7 +285,7 @@ def test_row_of_a_run_and_its_record(config, tmp_path):
   numbers = loader.record_numbers(folder, seed=3)
   found = [numbers(i) for i in range(3 * meta["rows"])]
   assert sorted(found[: meta["rows"]]) == list(range(meta["rows"]))
-  assert found[: meta["rows"]] != sorted(found[: meta["rows"]])
+  assert found != 3 * list(range(meta["rows"]))  # three passes, shuffled
   for i, record in enumerate(found):
     assert rows(i).tokens.tobytes() == stored[record]
 

@@ -127,6 +127,7 @@ def prepared(folder, **data):
   return meta, (folder / "heldout.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_preparation_shuffles_training_rows_alone(tmp_path):
   plain, held = prepared(tmp_path / "a")
   blind, still = prepared(tmp_path / "b", shuffle_specs=True)
@@ -138,6 +139,7 @@ def test_preparation_shuffles_training_rows_alone(tmp_path):
   assert not plain["shuffle_specs"] and blind["shuffle_specs"]
 
 
+@pytest.mark.slow
 def test_operators_restrict_the_augmented_sources(tmp_path):
   def edits(operators):
     rows = sources.load(

@@ -28,6 +28,7 @@ from csrm_jax.train import loop
 from csrm_jax.train import workdir as workdirs
 from tests import runs, test_peers
 
+pytestmark = pytest.mark.slow
 STEPS = 6
 # Tests elsewhere that belong into the table.
 ELSEWHERE = {
@@ -147,7 +148,7 @@ rows, folder, moment = sys.argv[1:]
 def kill():
   os.kill(os.getpid(), signal.SIGKILL)
 calls = []
-write, opened = manifest.write, workdir.open_log
+write, opened = manifest.write, workdirs.open_log
 def writing(step):
   calls.append(step)
   if len(calls) == 2 and moment == "files":
@@ -209,7 +210,6 @@ def test_kill_during_a_checkpoint(rows, whole, tmp_path, moment):
   assert_nothing_lost(tmp_path, rows, whole)
 
 
-@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path):
   """kill -9 at random moments, five times, of configs/tiny.py | same
   parameters and loss"""

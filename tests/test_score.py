@@ -422,6 +422,7 @@ def test_launch_takes_the_shipped_judge_from_any_folder(
   assert (root / "launch" / "score.py").is_file()
 
 
+@pytest.mark.slow
 def test_smollm2_judges_zero_shot():
   """An untrained backbone is a judge: it reads " safe" against " unsafe"."""
   try:

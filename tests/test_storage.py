@@ -81,6 +81,7 @@ def test_only_full_and_broken_disks_are_renamed(tmp_path):
     (tmp_path / "none").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_equals_one_here(cloud, tmp_path, monkeypatch):
   """Prepared by its launcher, trained, broken off and gone on, scored."""
   uri = "gs://bucket/runs/first"
@@ -170,6 +171,7 @@ def test_models_and_results_in_a_bucket(cloud, tmp_path):
     csrm.load("gs://bucket/none")
 
 
+@pytest.mark.slow
 def test_other_processes_take_the_rows_from_the_bucket(cloud, monkeypatch):
   from csrm_jax.train import workdir as workdirs
 

@@ -29,6 +29,7 @@ def ready(**changes):
   return model, optimizer, state
 
 
+@pytest.mark.slow
 def test_verbaliser_learns_format_and_helpfulness():
   model, _, state = ready(head="verbaliser")
   # Every kind of pair.

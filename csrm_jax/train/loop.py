@@ -76,7 +76,7 @@ def _fit(config: Config, workdir: AnyPath) -> dict[str, Any]:
   )
   optimizer = make_optimizer(config)
 
-  with checkpoint.open_manager(workdir, keep=config.keep_checkpoints) as saved:
+  with checkpoint.opened(workdir, keep=config.keep_checkpoints) as saved:
     state = _start(config, model, load_params, optimizer, mesh, saved)
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
