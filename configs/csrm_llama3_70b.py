@@ -1,7 +1,7 @@
 """Llama 3.1 70B, all layers, rows of 4096 tokens. Cost: a TPU v5p:8x8x4.
 
 Weights and tokenizer: --config.model.path=FOLDER; data: --config.data.path.
-What it needs and where it fits: benchmarks/pods, launch/compile.py.
+Neither run nor compiled so far; launch/compile.py tells what it needs.
 """
 
 from csrm_jax.config import default

@@ -1,8 +1,8 @@
-"""Llama 3.1 8B, all layers, rows of 4096 tokens. Cost: not known yet.
+"""Llama 3.1 8B, all layers, rows of 4096 tokens. Cost: a TPU v5p:4x4x4.
 
 Weights and tokenizer: --config.model.path=FOLDER; data: --config.data.path.
-The mesh is for a TPU v5p:4x4x4; neither run nor compiled so far. What it needs:
-launch/compile.py --config=configs/csrm_llama3_8b.py --topology=v5p:4x4x4
+Compiled for that: 9.7 of 95 GiB a chip, 0.57 s a step at best (benchmarks/pods);
+never run. launch/compile.py --config=configs/csrm_llama3_8b.py --topology=v5p:4x4x4
 """
 
 from csrm_jax.config import default
