@@ -1,8 +1,9 @@
 """Llama 3.1 8B, all layers, rows of 4096 tokens. Cost: a TPU v5p:4x4x4.
 
 Weights and tokenizer: --config.model.path=FOLDER; data: --config.data.path.
-Compiled for that: 9.7 of 95 GiB a chip, 0.57 s a step at best (benchmarks/pods);
-never run. launch/compile.py --config=configs/csrm_llama3_8b.py --topology=v5p:4x4x4
+Compiled for that: 9.7 of 95 GiB a chip, 0.57 s a step at best, see
+benchmarks/pods; never run. What it needs elsewhere:
+launch/compile.py --config=configs/csrm_llama3_8b.py --topology=v5p:8x8x8
 """
 
 from csrm_jax.config import default

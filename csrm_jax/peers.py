@@ -72,7 +72,8 @@ def joined(
   except BaseException as error:
     traceback.print_exc()
     if isinstance(error, jax.errors.JaxRuntimeError):
-      _leave(_roll_call(str(error)))
+      code, others = _roll_call(str(error))
+      _leave(code, wait=others)
     _leave(1)
   jax.distributed.shutdown()  # waits for the others, so that all end well
   if code:
@@ -108,21 +109,30 @@ def _start(place: hosts.Place, heartbeat_seconds: int) -> None:
     print(f"{place.found}: {made.num_processes} processes, {where}", flush=True)
 
 
-def _leave(code: int) -> None:
+def _leave(code: int, *, wait: bool = True) -> None:
   """Ends this process; an orderly exit would wait for the lost ones.
 
   With process 0 goes the service, and JAX then aborts whoever is left: it stays
-  until the others have had time to say why they end.
+  until the others have had time to say why they end. It does not where nobody
+  is left: JAX aborts it, too, once the lost ones' heartbeats are overdue.
+
+  Args:
+    code: of the exit.
+    wait: whether others are left.
   """
   sys.stdout.flush()
   sys.stderr.flush()
-  if is_first():
+  if wait and is_first():
     time.sleep(LINGER_SECONDS)
   os._exit(code)
 
 
-def _roll_call(failure: str) -> int:
-  """Says who does not answer after a failure; returns the exit code."""
+def _roll_call(failure: str) -> tuple[int, bool]:
+  """Says who does not answer after a failure.
+
+  Returns:
+    The exit code, and whether any other process is left.
+  """
   import jax
 
   me, count = jax.process_index(), jax.process_count()
@@ -140,14 +150,14 @@ def _roll_call(failure: str) -> int:
     silent = {0}
   if not silent:
     print(f"{head}; every process answers: see above", file=sys.stderr)
-    return 1
+    return 1, True
   names = ", ".join(map(str, sorted(silent)))
   print(
     f"{head}\nerror: no answer from process {names}: lost, if its log does not "
     "tell; start all processes again, they go on from the last checkpoint",
     file=sys.stderr,
   )
-  return AGAIN
+  return AGAIN, len(silent) < count - 1
 
 
 def _client() -> Any:
