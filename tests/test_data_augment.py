@@ -483,7 +483,8 @@ def test_i3_no_edit_permits_the_worse_of_two(severities, op, seed, data):
 
 def made(rows, taxonomies, **kwargs) -> list[dict]:
   kwargs = {"seed": 0, "counts": {}} | kwargs
-  return list(augment(rows, taxonomies, **kwargs))
+  prompts = augment(rows, taxonomies, **kwargs)
+  return [row for _, together in prompts for row in together]
 
 
 def assert_sound(out, rows, taxonomy, held_back=()) -> None:

@@ -1,12 +1,13 @@
 import json
 import pathlib
+import pickle
 
 import grain
 import numpy as np
 import pytest
 
 from csrm_jax.config import default
-from csrm_jax.data import balance, families, loader, prepare
+from csrm_jax.data import balance, families, loader, pieces, prepare
 from csrm_jax.data.operators import ONE_SIDED, OPERATORS
 from csrm_jax.types import PAIR_KINDS
 from tests import tiny
@@ -64,11 +65,11 @@ def config(tmp_path):
 
 
 def test_examples_merge_equal_sequences():
-  counts: dict[str, int] = {}
   rows = [r for r in contract_rows() if r["family"] == "f1"]
-  (example,) = families.examples(
-    rows, tiny.tokenizer(), max_tokens=256, counts=counts
-  )
+  recipe = pieces.Recipe(tiny.tokenizer(), 0, 0.0, 256, {}, False)
+  made = pieces.encode(recipe, [((0, "", i), r) for i, r in enumerate(rows)])
+  encoded = [pieces.Encoded(*pickle.loads(p.encoded)) for p in made.pieces]
+  example = families.family_of("f1", encoded)
   # No 1. | Yes 1. | two spec-free | Yes 1. lenient | Damn! Hm. Yes.
   assert len(example.segments) == 8
   labelled = [s for s in example.segments if not np.isnan(s.label)]
@@ -79,7 +80,7 @@ def test_examples_merge_equal_sequences():
   assert sum(p.weight for p in example.pairs[3:]) == pytest.approx(1.0)
   for pair in example.pairs[3:]:  # the milder rung wins
     assert pair.win > pair.lose
-  assert counts == {
+  assert made.counts == {
     "rows_label": 1, "rows_pair": 2, "rows_spec_pair": 1, "rows_ladder": 1,
     "cut_messages": 0, "cut_shortened": 0, "cut_rules": 0,
   }  # fmt: skip

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from csrm_jax.model import trie_attention as module
 from csrm_jax.model.attention import SAVED
 from csrm_jax.model.trie_attention import causal, pallas
-from tests.test_model_attention import arrays, both, dense, forest, forests
+from tests import masks
+from tests.masks import (
+  arrays,
+  assert_equal_to_dense,
+  both,
+  dense,
+  forest,
+  forests,
+)
 
 BLOCK = 8  # tokens; small blocks, so that short rows have many
 
 few_blocks = jax.jit(functools.partial(pallas, block=BLOCK))
 plain = jax.jit(causal)
-
-
-def assert_equal_to_dense(f, end, q, k, v, cotangent):
-  expected = both(dense, end, q, k, v, cotangent)
-  got = both(f, end, q, k, v, cotangent)
-  np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
-  for a, b in zip(got[1:], expected[1:], strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=40)
@@ -84,37 +84,15 @@ def test_blocks_that_a_query_does_not_see_are_not_read():
 
 
 def test_padding_sees_itself_and_touches_nobody():
-  end = jnp.asarray([np.r_[np.full(30, 30), np.arange(31, 51)]] * 2)
-  q, k, v, cotangent = arrays(end)
-  of_padding = cotangent.at[:, :30].set(0.0)
-
-  out, dq, dk, dv = both(few_blocks, end, q, k, v, of_padding)
-
-  np.testing.assert_allclose(
-    out[:, 30:], jnp.repeat(v[:, 30:], 2, axis=2), atol=1e-6
-  )
-  assert not np.any(dk[:, :30]) and not np.any(dv[:, :30])
-  np.testing.assert_allclose(dq, 0.0, atol=1e-5)  # one key: nothing to choose
+  masks.assert_padding_sees_itself(few_blocks, atol=1e-5)
 
 
 def test_large_logits_stay_finite():
-  end = forests(seed=2, chains=0.9)
-  q, k, v, cotangent = arrays(end)
-
-  for x in both(few_blocks, end, 300 * q, 300 * k, v, cotangent):
-    assert np.all(np.isfinite(x))
+  masks.assert_large_logits_stay_finite(few_blocks)
 
 
 def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
-  end = forests(seed=3, chains=0.95)
-  exact = arrays(end)
-  half = [x.astype(jnp.bfloat16) for x in exact]
-
-  for a, b in zip(
-    both(few_blocks, end, *half), both(dense, end, *exact), strict=True
-  ):
-    assert a.dtype == jnp.bfloat16
-    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.1)
+  masks.assert_bfloat16_keeps_its_dtype(few_blocks)
 
 
 def _runs(jaxpr, name: str) -> int:
@@ -215,7 +193,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from csrm_jax import sharding
 from csrm_jax.model.trie_attention import pallas
-from tests.test_model_attention import arrays, both, dense, forest
+from tests.masks import arrays, both, dense, forest
 
 mesh = sharding.make_mesh(replica=2, fsdp=2, tensor=2)
 end = jax.numpy.asarray([forest(30, seed, 0.9) for seed in range(4)])

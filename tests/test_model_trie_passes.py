@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csrm_jax.model.trie_passes import visits
-from tests.test_model_attention import forest
+from tests.masks import forest
 
 BLOCK, BLOCKS = 8, 7
 

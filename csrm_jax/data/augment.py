@@ -80,11 +80,12 @@ def augment(
   ops: Collection[str] | None = None,
   never: Collection[str] = (),
   distractors: int = MOST_RULES,
-) -> Iterator[Row]:
-  """Label rows, spec pairs, response pairs and help pairs.
+  folder: str | Path | None = None,
+) -> Iterator[tuple[str, list[Row]]]:
+  """Label rows, spec pairs, response pairs and help pairs, prompt by prompt.
 
   Each conversation gets a first spec (`edit` is "base"), one labelled edit of
-  it, and often a second edit that keeps the label. Pass the result through
+  it, and often a second edit that keeps the label. Pass the rows through
   `balance`.
 
   Args:
@@ -96,40 +97,15 @@ def augment(
     never: ids of rules that no spec may permit by word. A response that breaks
       one of them only ever gets labels of 0.
     distractors: most rules that `distract` adds.
+    folder: holds all conversations but those of one prompt, which memory does;
+      None: the system's for temporary files.
+
+  Yields:
+    The least id of a prompt's conversations, and the rows made of them.
 
   Raises:
     ValueError: an unknown operator or taxonomy, an id used twice, or a last
       message that is not the assistant's.
-  """
-  yield from itertools.chain.from_iterable(
-    made
-    for _, made in augment_prompts(
-      rows,
-      taxonomies,
-      seed=seed,
-      counts=counts,
-      ops=ops,
-      never=never,
-      distractors=distractors,
-    )
-  )
-
-
-def augment_prompts(
-  rows: Iterable[Annotated],
-  taxonomies: Iterable[Taxonomy],
-  *,
-  seed: int,
-  counts: dict[str, int],
-  ops: Collection[str] | None = None,
-  never: Collection[str] = (),
-  distractors: int = MOST_RULES,
-  folder: str | Path | None = None,
-) -> Iterator[tuple[str, list[Row]]]:
-  """As `augment`, prompt by prompt, with the least id of its conversations.
-
-  Memory holds the conversations of one prompt, the others lie in `folder` (on
-  the system's disk for temporary files if None).
   """
   named = {t.name: t for t in taxonomies}
   with tempfile.TemporaryDirectory(dir=folder) as work:
@@ -138,10 +114,7 @@ def augment_prompts(
       by_id.add((row.id, i, row), size_of(row))
     for (one, *_), (two, _, row) in itertools.pairwise(by_id):
       if one == two:
-        raise ValueError(
-          f"row {row.id!r}: field 'id': {row.id!r} is used twice; make ids "
-          "unique"
-        )
+        raise ValueError(used_twice(row.id))
     plans = {}
     for name, taxonomy in named.items():
       found = (broken(r, taxonomy) for *_, r in by_id if r.taxonomy == name)
@@ -165,6 +138,11 @@ def augment_prompts(
     for first, together in prompts:
       mine = plans[together[0].taxonomy]
       yield first, list(rows_of(together, mine, counts))
+
+
+def used_twice(name: str) -> str:
+  """What to say of an id of two conversations."""
+  return f"row {name!r}: field 'id': {name!r} is used twice; make ids unique"
 
 
 def broken(row: Annotated, taxonomy: Taxonomy) -> tuple[int, ...]:

@@ -103,8 +103,7 @@ def run(
       training = _shuffled(steps, training, place)
     _packed(steps, training, place, wanted)
     steps.write(FileSystems.join(shared, "found"))
-  made = _collected(shared, work)
-  return made
+  return _collected(shared, work)
 
 
 class _Steps:
@@ -304,8 +303,7 @@ def _plan(
   broken = sorted(broken)
   for (one, _), (two, _) in itertools.pairwise(broken):
     if one == two:
-      message = f"row {one!r}: field 'id': {one!r} is used twice; make ids "
-      yield _fatal((number, one, 0), message + "unique")
+      yield _fatal((number, one, 0), augment.used_twice(one))
   yield augment.plan(taxonomy, (rules for _, rules in broken), **options)
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from csrm_jax.data.contract import Key, Row
-from csrm_jax.data.pieces import TOKEN, Encoded, Recipe, add, encode
+from csrm_jax.data.pieces import TOKEN, Encoded, Recipe, add
 from csrm_jax.data.shuffle import shuffle_specs
-from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.data.trie import COUNTS, first_tokens, pack_ordered
 from csrm_jax.types import Batch, Example, Pair, Segment
 
@@ -74,38 +73,6 @@ def family_of(name: str, rows: Iterable[Encoded]) -> Example:
 
 def _ints(tokens: bytes) -> tuple[int, ...]:
   return tuple(np.frombuffer(tokens, TOKEN).tolist())
-
-
-def examples(
-  rows: Iterable[Row],
-  tokenizer: Tokenizer,
-  *,
-  max_tokens: int,
-  counts: dict[str, int],
-) -> list[Example]:
-  """Tokenises contract rows and joins them into families, in memory.
-
-  Args:
-    rows: valid rows of the data contract.
-    tokenizer: of the backbone.
-    max_tokens: of one sequence.
-    counts: receives rows_label, rows_pair, ..., cut_messages, cut_rules, ...
-
-  Returns:
-    One Example per family, in order of first appearance.
-
-  Raises:
-    ValueError: a response and one rule alone exceed `max_tokens`.
-  """
-  recipe = Recipe(tokenizer, 0, 0.0, max_tokens, {}, False)
-  keyed = (((0, "", i), row) for i, row in enumerate(rows))
-  found = encode(recipe, keyed)
-  add(counts, found.counts)
-  families: dict[str, list[Encoded]] = {}
-  for piece in found.pieces:
-    encoded = Encoded(*pickle.loads(piece.encoded))
-    families.setdefault(piece.family, []).append(encoded)
-  return [family_of(name, rows) for name, rows in families.items()]
 
 
 # -- Buckets --------------------------------------------------------------

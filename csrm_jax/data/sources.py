@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from csrm_jax.config import Config
 from csrm_jax.data import augment_sources, balance, spill, synthetic
 from csrm_jax.data.annotated import Annotated, Taxonomy
-from csrm_jax.data.augment import augment_prompts
+from csrm_jax.data.augment import augment
 from csrm_jax.data.balance import UNEDITED
 from csrm_jax.data.contract import (
   Bad,
@@ -369,7 +369,7 @@ def _augmented(
   found: balance.Tally = {}
   with tempfile.TemporaryDirectory(dir=folder) as work:
     prompts = spill.Sorter(work)
-    for first, rows in augment_prompts(
+    for first, rows in augment(
       conversations(part, reading),
       [taxonomy],
       counts=made,
