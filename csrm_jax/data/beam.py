@@ -173,16 +173,17 @@ def _aside(key: Key, row: Any, reason: str) -> Any:
 def _read(part: sources.Part, reading: sources.Reading) -> Iterator[Any]:
   counts: dict[str, int] = {}
   bad: list[tuple[Key, Any, str]] = []
-  key: Key = (part.number, "", part.first << 24)
+  after: Key = (part.number, "", part.first << 24)
   try:
     for key, row in sources.read(
       part, reading, bad=lambda *one: bad.append(one), counts=counts
     ):
       yield key, row
+      after = (*key[:2], key[2] + 1)
       while bad:
         yield _aside(*bad.pop())
-  except ValueError as error:
-    yield _fatal(key, error)
+  except ValueError as error:  # of the row after the last one
+    yield _fatal(after, error)
   for one in bad:
     yield _aside(*one)
   yield from _counted(counts)
