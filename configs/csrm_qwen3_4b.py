@@ -1,7 +1,8 @@
 """Qwen3 4B, all layers, rows of 4096 tokens. Cost: a TPU v5e:8x8.
 
 Weights and tokenizer: --config.model.path=FOLDER; data: --config.data.path.
-Neither run nor compiled so far; launch/compile.py tells what it needs.
+Compiled for that: 7.0 of 16 GiB a chip, 0.81 s a step at best, see
+benchmarks/pods; never run.
 """
 
 from csrm_jax.config import default
