@@ -238,6 +238,11 @@ def test_what_the_compiler_says_of_memory_is_understood():
     ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory "
      "in memory space hbm. Used 34.46G of 15.75G hbm.", 34.46),
     ("CompileTimeHbmOom: 512.0M exceeds 15.75G", 0.5),
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+      " for HLO temporaries (150.83G) exceeds available HBM (95.74G).",
+      150.83,
+    ),
   ):  # fmt: skip
     made = ahead._misfit(RuntimeError(text))
     assert isinstance(made, ahead.DoesNotFit)

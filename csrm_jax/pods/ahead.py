@@ -23,7 +23,9 @@ from csrm_jax.types import Batch, TrainState
 PROGRAMS = ("train", "score")
 GIB = 2**30
 _OUT = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_EXCEEDS = re.compile(r"([\d.]+)([KMG])i?B? exceeds ([\d.]+)([KMG])")
+_EXCEEDS = re.compile(
+  r"([\d.]+)([KMG])i?B?\)? exceeds (?:available HBM )?\(?([\d.]+)([KMG])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
