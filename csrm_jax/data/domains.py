@@ -48,6 +48,9 @@ AKIN = (
   {"medical_dosage", "weight_loss_diets"},
   {"alcohol", "fast_driving"},
   {"personal_data", "visa_immigration"},
+  {"dating_and_romance", "celebrity_gossip"},
+  {"cosmetic_surgery", "celebrity_gossip", "insults_mockery"},
+  {"cosmetic_surgery", "weight_loss_diets", "medical_dosage"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
