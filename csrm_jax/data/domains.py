@@ -51,6 +51,9 @@ AKIN = (
   {"dating_and_romance", "celebrity_gossip"},
   {"cosmetic_surgery", "celebrity_gossip", "insults_mockery"},
   {"cosmetic_surgery", "weight_loss_diets", "medical_dosage"},
+  {"conspiracy_theories", "ghost_superstition"},
+  {"loans_and_credit", "investment_tips", "gambling"},
+  {"loans_and_credit", "discounts_haggling"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
