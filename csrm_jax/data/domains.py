@@ -54,6 +54,10 @@ AKIN = (
   {"conspiracy_theories", "ghost_superstition"},
   {"loans_and_credit", "investment_tips", "gambling"},
   {"loans_and_credit", "discounts_haggling"},
+  {"sunbathing_tanning", "cosmetic_surgery"},
+  {"video_game_cheats", "spoilers"},
+  {"unreleased_products", "delivery_dates"},
+  {"unreleased_products", "competitor_names"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
