@@ -58,6 +58,11 @@ AKIN = (
   {"video_game_cheats", "spoilers"},
   {"unreleased_products", "delivery_dates"},
   {"unreleased_products", "competitor_names"},
+  {"warranty_claims", "refund_promises", "legal_advice"},
+  {"warranty_claims", "discounts_haggling"},
+  {"warranty_claims", "delivery_dates"},
+  {"martial_arts_moves", "violence_in_fiction", "knives_and_tools"},
+  {"emoji_and_slang", "profanity", "insults_mockery"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
