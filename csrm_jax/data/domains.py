@@ -48,6 +48,21 @@ AKIN = (
   {"medical_dosage", "weight_loss_diets"},
   {"alcohol", "fast_driving"},
   {"personal_data", "visa_immigration"},
+  {"dating_and_romance", "celebrity_gossip"},
+  {"cosmetic_surgery", "celebrity_gossip", "insults_mockery"},
+  {"cosmetic_surgery", "weight_loss_diets", "medical_dosage"},
+  {"conspiracy_theories", "ghost_superstition"},
+  {"loans_and_credit", "investment_tips", "gambling"},
+  {"loans_and_credit", "discounts_haggling"},
+  {"sunbathing_tanning", "cosmetic_surgery"},
+  {"video_game_cheats", "spoilers"},
+  {"unreleased_products", "delivery_dates"},
+  {"unreleased_products", "competitor_names"},
+  {"warranty_claims", "refund_promises", "legal_advice"},
+  {"warranty_claims", "discounts_haggling"},
+  {"warranty_claims", "delivery_dates"},
+  {"martial_arts_moves", "violence_in_fiction", "knives_and_tools"},
+  {"emoji_and_slang", "profanity", "insults_mockery"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
