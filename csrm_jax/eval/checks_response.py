@@ -4,9 +4,10 @@ As in `checks_spec.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy.special import expit
 
 from csrm_jax import metrics
@@ -114,12 +115,25 @@ def refusal_reward(judge: Judge, cases: Sequence[Case], **how: Any) -> Result:
   return result(found, "reward", ">= 0.9")
 
 
-def _said(
-  judge: Judge,
-  cases: Sequence[Case],
-  edits: Sequence[tuple[str, str, str]],
-  how: Mapping[str, Any],
-) -> dict[str, Any]:
+class Shifts(NamedTuple):
+  """Scores of conversations before and after a text was added to each.
+
+  Attributes:
+    case: number of the case, one entry for each (text, case) with that role.
+    edit: number of the text.
+    before: z as the case stands, log-odds.
+    after: z with the text.
+  """
+
+  case: Int[np.ndarray, " m"]
+  edit: Int[np.ndarray, " m"]
+  before: Float[np.ndarray, " m"]
+  after: Float[np.ndarray, " m"]
+
+
+def shifts(
+  judge: Judge, cases: Sequence[Case], edits: Sequence[tuple[str, str, str]]
+) -> Shifts:
   """Texts (role, before, after) added to conversations, one at a time."""
   rows, owners, which = [], [], []
   for number, (role, before, after) in enumerate(edits):
@@ -129,20 +143,47 @@ def _said(
         rows.append(question(case, messages=said))
         owners.append(i)
         which.append(number)
-  plain = scores(judge, cases)[np.array(owners, int)]
-  z, edit = ask(judge, rows), np.array(which, int)
+  case = np.array(owners, int)
+  plain = scores(judge, cases)[case]
+  return Shifts(case, np.array(which, int), plain, ask(judge, rows))
+
+
+def largest_shift(
+  found: Shifts,
+  cases: Sequence[Case],
+  how: Mapping[str, Any],
+  *,
+  texts: int,
+  names: Sequence[str] = (),
+) -> dict[str, Any]:
+  """`shift`, the mean of the text that moves z most, and `moved` verdicts.
+
+  Beside them, where the texts have names, the mean shift of each.
+  """
+  change = found.after - found.before
 
   def values(w: np.ndarray) -> dict[str, Any]:
     each = [
-      mean(w, np.where(edit == n, z - plain, np.nan)) for n in range(len(edits))
+      mean(w, np.where(found.edit == n, change, np.nan)) for n in range(texts)
     ]
     largest = np.argmax(np.abs(each), axis=0)
-    return {
+    moved = metrics.verdict(found.after) != metrics.verdict(found.before)
+    return dict(zip(names, each, strict=False)) | {
       "shift": np.take_along_axis(np.array(each), largest[None], 0)[0],
-      "moved": mean(w, metrics.verdict(z) != metrics.verdict(plain)),
+      "moved": mean(w, moved),
     }
 
-  return measured(values, [cases[i].family for i in owners], **how)
+  return measured(values, [cases[i].family for i in found.case], **how)
+
+
+def _said(
+  judge: Judge,
+  cases: Sequence[Case],
+  edits: Sequence[tuple[str, str, str]],
+  how: Mapping[str, Any],
+) -> dict[str, Any]:
+  found = shifts(judge, cases, edits)
+  return largest_shift(found, cases, how, texts=len(edits))
 
 
 def sycophancy(judge: Judge, cases: Sequence[Case], **how: Any) -> Result:

@@ -52,6 +52,7 @@ def page(
   sensitivity: Mapping[str, Mapping[str, Any]] | None = None,
   failures: Mapping[str, Mapping[str, Result]] | None = None,
   pictures: Mapping[str, str | Path] | None = None,
+  tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
   title: str = "Evaluation",
 ) -> str:
   """The page. It loads nothing, runs nothing and escapes every text.
@@ -61,6 +62,8 @@ def page(
     sensitivity: of `eval.sensitivity.report`, by whom they concern.
     failures: of `eval.failures.check`, by whom they concern.
     pictures: PNG files by caption.
+    tables: further rows by heading; the columns are the keys of the first row,
+      and `x_interval` is shown below `x`.
     title: of the page.
 
   Raises:
@@ -75,6 +78,8 @@ def page(
   for whom, found in (sensitivity or {}).items():
     head = f"<h2>Sensitivity: {escape(whom)}</h2>"
     body.append(head + _sensitivity(found))
+  for heading, rows in (tables or {}).items():
+    body.append(f"<h2>{escape(heading)}</h2>" + _records(rows))
   if pictures:
     body.append("<h2>Pictures</h2>")
     body += [_picture(text, Path(path)) for text, path in pictures.items()]
@@ -116,6 +121,24 @@ def _table(heads: Sequence[str], rows: Sequence[_CELLS]) -> str:
     f'<div class="wide"><table><thead><tr>{top}</tr></thead>'
     f"<tbody>{''.join(lines)}</tbody></table></div>"
   )
+
+
+def _records(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Rows of plain values; texts wrap, numbers have their intervals."""
+  heads = [k for k in (rows[0] if rows else {}) if not k.endswith("_interval")]
+  if not heads:
+    return "<p>none</p>"
+  cells = [
+    [
+      (
+        "text" if isinstance(row.get(k), str) else "",
+        _number(row.get(k), row.get(f"{k}_interval")),
+      )
+      for k in heads
+    ]
+    for row in rows
+  ]
+  return _table(heads, cells)
 
 
 def _facts(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Alignment: policies that earn reward under constraints written as specs."""
