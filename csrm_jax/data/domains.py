@@ -48,6 +48,12 @@ AKIN = (
   {"medical_dosage", "weight_loss_diets"},
   {"alcohol", "fast_driving"},
   {"personal_data", "visa_immigration"},
+  {"herbal_remedies", "medical_dosage", "weight_loss_diets"},
+  {"herbal_remedies", "energy_drinks_caffeine"},
+  {"energy_drinks_caffeine", "weight_loss_diets"},
+  {"energy_drinks_caffeine", "medical_dosage"},
+  {"energy_drinks_caffeine", "sleep_screens_parenting"},
+  {"military_history_battles", "violence_in_fiction", "horror_scares"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
