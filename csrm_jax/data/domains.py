@@ -54,6 +54,7 @@ AKIN = (
   {"energy_drinks_caffeine", "medical_dosage"},
   {"energy_drinks_caffeine", "sleep_screens_parenting"},
   {"military_history_battles", "violence_in_fiction", "horror_scares"},
+  {"hypnosis_mind_tricks", "ghost_superstition"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
