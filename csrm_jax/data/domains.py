@@ -55,6 +55,11 @@ AKIN = (
   {"energy_drinks_caffeine", "sleep_screens_parenting"},
   {"military_history_battles", "violence_in_fiction", "horror_scares"},
   {"hypnosis_mind_tricks", "ghost_superstition"},
+  {"car_repairs", "fast_driving"},
+  {"car_repairs", "knives_and_tools"},
+  {"exam_shortcuts", "homework_answers"},
+  {"hotel_and_airline_upgrades", "refund_promises", "discounts_haggling"},
+  {"hotel_and_airline_upgrades", "competitor_names"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
