@@ -1,0 +1,1 @@
+"""Alignment under constraints: losses, advantages, multipliers."""
