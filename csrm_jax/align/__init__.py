@@ -1,0 +1,1 @@
+"""Policies aligned with a judge: rollouts, multipliers, losses."""
