@@ -31,13 +31,9 @@ SIZE: dict[str, Any] = {"prompt_length": 64, "response_length": 7}
 
 
 def policy():
-  """(model, params, tokenizer); turns end about as often as not."""
+  """(model, params, tokenizer)."""
   made = tiny.judge()
-  params = jax.tree.map(lambda x: x, made.params)
-  end = made.tokenizer.special("<|im_end|>")
-  mean = params["embed"]["embedding"].mean(0)
-  table = params["embed"]["embedding"].at[end].set(3 * mean)
-  return made.model, params | {"embed": {"embedding": table}}, made.tokenizer
+  return made.model, made.params, made.tokenizer
 
 
 def draw(prompts: Any = PROMPTS, *, seed: int = 0, **options: Any):
@@ -45,7 +41,9 @@ def draw(prompts: Any = PROMPTS, *, seed: int = 0, **options: Any):
   return rollout.sample(*policy(), prompts, key=key, **(SIZE | options))
 
 
-def test_rollouts_are_what_they_say():
+def test_rollouts_are_what_they_say(monkeypatch):
+  # A random policy would hardly ever say the one token.
+  monkeypatch.setattr(prompt, "stop_ids", lambda _: tuple(range(0, 600, 5)))
   out = draw(samples=5, temperature=1.5, rows=4)
   _, _, words = policy()
 
