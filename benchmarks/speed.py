@@ -1,6 +1,7 @@
 """Speed against plain transformers + PyTorch, on the same pairs, in one run.
 
 python benchmarks/speed.py train --rows=PAIRS.jsonl.gz --output=FILE.json
+python benchmarks/speed.py decode --output=FILE.json
 
 Ours packs the pairs into rows in which shared prefixes are computed once;
 PyTorch takes length-grouped batches of separate sequences. The model, its
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import speed_rollouts
 
 from csrm_jax import config as configs
 from csrm_jax import errors
@@ -420,8 +422,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("task", choices=("train", "score"))
-  parser.add_argument("--rows", required=True, help="pairs, JSON lines (.gz)")
+  parser.add_argument(
+    "task", choices=("train", "score", "decode", "judge_cache")
+  )
+  parser.add_argument(
+    "--rows", default="", help="train, score: pairs, JSON lines (.gz)"
+  )
   parser.add_argument("--output", required=True)
   parser.add_argument("--row_length", type=int, default=2048, help="tokens")
   parser.add_argument("--slots", type=int, default=64)
@@ -436,15 +442,28 @@ def main() -> None:
     help="sequences in a batch of torch; of several the fastest is used",
   )
   parser.add_argument("--seed", type=int, default=0)
+  for name, default, what in (
+    ("rows_per_batch", 8, "decode, judge_cache: prompts or responses"),
+    ("prompt_length", 32, "decode: room for a prompt, tokens"),
+    ("new_tokens", 64, "decode: tokens of each response"),
+    ("specs", 50, "judge_cache: specs of about 200 tokens"),
+  ):
+    parser.add_argument(f"--{name}", type=int, default=default, help=what)
   args = parser.parse_args()
   with errors.told():
     if any(size < 2 or size % 2 for size in args.batches):
       raise ValueError(f"--batches={args.batches}: use even numbers from 2")
-    result = measure(args)
+    if args.task in ("train", "score") and not args.rows:
+      raise ValueError(f"{args.task} needs --rows: a file of preference pairs")
+    result = {
+      "decode": speed_rollouts.decode,
+      "judge_cache": speed_rollouts.judge_cache,
+    }.get(args.task, measure)(args)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
-  print(json.dumps({k: result[k] for k in ("ours", "torch", "ratio")}))
+  shown = ("ours", "torch", "ratio")
+  print(json.dumps({k: result[k] for k in shown if k in result}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ is recognised: nobody ends a turn, opens one or adds a verdict by typing it.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.spec import Spec
 
 Message = Mapping[str, str]  # {"role", "content"}
+# Ids of (messages, text of the spec or None).
+Encode = Callable[[Sequence[Message], str | None], list[int]]
 
 ROLES = ("system", "user", "assistant", "tool")
 INSTRUCTION = "Judge the last assistant message by this policy."
@@ -78,25 +81,37 @@ def encode(
       assistant's, or the tokenizer makes a control token of plain text.
   """
   form = FORMATS[tokenizer.style]
-  _check(messages)
-  policy = HELPFULNESS
-  if spec_text is not None:
-    policy = f"{INSTRUCTION}\n{tokenizer.mark(spec_text)}"
-    if not tokenizer.mark(spec_text).strip():
-      raise ValueError(
-        "the spec is empty; give at least one rule (for helpfulness, pass no"
-        " spec at all)"
-      )
-  parts = [form.begin, _fill(form.turn, "system", policy)]
+  check_messages(messages)
+  if not messages or messages[-1]["role"] != "assistant":
+    last = messages[-1]["role"] if messages else "missing"
+    raise ValueError(
+      f"the last message must be the assistant's, it is {last!r}; put the"
+      " response to be judged there"
+    )
+  parts = [_opening(tokenizer, spec_text)]
   turns = [
     form.answer if message["role"] == "assistant" else form.turn
     for message in messages
   ]
   for turn, message in zip(turns, messages, strict=True):
     text = tokenizer.mark(message["content"])
-    parts.append(_fill(turn, message["role"], text))
+    parts.append(fill(turn, message["role"], text))
   ids = tokenizer.encode_marked("".join([*parts, form.cue]))
   written = [form.begin, form.turn, form.cue, *turns]
+  check_controls(tokenizer, ids, written)
+  return ids
+
+
+def check_controls(
+  tokenizer: Tokenizer, ids: Sequence[int], written: Sequence[str]
+) -> None:
+  """Raises ValueError if `ids` hold control tokens that are not in `written`.
+
+  Args:
+    tokenizer: made the ids.
+    ids: of a prompt.
+    written: the parts of the format that went into it, without any text.
+  """
   expected = sum(tokenizer.count_controls(part) for part in written)
   controls = frozenset(tokenizer.controls.values())
   if sum(i in controls for i in ids) != expected:
@@ -104,15 +119,37 @@ def encode(
       f"{tokenizer.origin}: plain text became a control token. Its vocabulary"
       " spells one from ordinary pieces; use another tokenizer."
     )
-  return ids
 
 
-def _fill(turn: str, role: str, text: str) -> str:
+def opening_ids(tokenizer: Tokenizer, spec_text: str | None) -> list[int]:
+  """Ids of all that stands before the conversation; it depends on the spec.
+
+  Raises:
+    ValueError: if the spec is empty.
+  """
+  return tokenizer.encode_marked(_opening(tokenizer, spec_text))
+
+
+def _opening(tokenizer: Tokenizer, spec_text: str | None) -> str:
+  form, policy = FORMATS[tokenizer.style], HELPFULNESS
+  if spec_text is not None:
+    policy = f"{INSTRUCTION}\n{tokenizer.mark(spec_text)}"
+    if not tokenizer.mark(spec_text).strip():
+      raise ValueError(
+        "the spec is empty; give at least one rule (for helpfulness, pass no"
+        " spec at all)"
+      )
+  return form.begin + fill(form.turn, "system", policy)
+
+
+def fill(turn: str, role: str, text: str) -> str:
+  """A turn of a format with its role and its text, both as they stand."""
   head, tail = turn.replace("{role}", role).split("{text}")
   return head + text + tail
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+  """Raises ValueError for an unknown role or a content that is no text."""
   for i, message in enumerate(messages):
     if message.get("role") not in ROLES:
       raise ValueError(
@@ -123,12 +160,6 @@ def _check(messages: Sequence[Message]) -> None:
         f"messages[{i}].content is {type(message.get('content')).__name__};"
         " use a string"
       )
-  if not messages or messages[-1]["role"] != "assistant":
-    last = messages[-1]["role"] if messages else "missing"
-    raise ValueError(
-      f"the last message must be the assistant's, it is {last!r}; put the"
-      " response to be judged there"
-    )
 
 
 def fit_to(
@@ -136,12 +167,23 @@ def fit_to(
   messages: Sequence[Message],
   spec: Spec | None,
   max_tokens: int,
+  *,
+  encoder: Encode | None = None,
+  spared: str = "response",
 ) -> tuple[list[int], dict[str, int]]:
   """As `encode`, cut to `max_tokens` by the stated rule.
 
   Oldest history goes first (whole messages, then the head of the oldest one
   left), then the rules least relevant to the conversation (BM25); the response
   and the last rule never.
+
+  Args:
+    tokenizer: of the backbone.
+    messages: the conversation.
+    spec: the policy; None: there is none.
+    max_tokens: longest sequence.
+    encoder: ids of (messages, text of the spec); None: `encode`.
+    spared: what the last message is, for messages.
 
   Returns:
     ids: at most max_tokens of them.
@@ -151,32 +193,33 @@ def fit_to(
   Raises:
     ValueError: if the response and one rule alone are longer.
   """
+  ids_of = encoder or functools.partial(encode, tokenizer)
   text = None if spec is None else spec.render()
   cut = {"messages": 0, "shortened": 0, "rules": 0}
-  ids = encode(tokenizer, messages, text)
+  ids = ids_of(messages, text)
   if len(ids) <= max_tokens:
     return ids, cut
 
   def without(n: int) -> list[int]:
-    return encode(tokenizer, messages[n:], text)
+    return ids_of(messages[n:], text)
 
   history = len(messages) - 1
   if len(without(history)) <= max_tokens:
     cut["messages"] = _least(
       1, history, lambda n: len(without(n)) <= max_tokens
     )
-    return _shorten(tokenizer, messages, text, max_tokens, cut)
+    return _shorten(ids_of, messages, text, max_tokens, cut)
   cut["messages"] = history
   order = [] if spec is None else by_relevance(spec.lines(), messages)
   if spec is None or len(order) < 2:
-    raise ValueError(_too_long(len(without(history)), max_tokens))
+    raise ValueError(_too_long(spared, len(without(history)), max_tokens))
 
   def ruled(n: int) -> list[int]:
-    return encode(tokenizer, messages[-1:], spec.keep(order[n:]).render())
+    return ids_of(messages[-1:], spec.keep(order[n:]).render())
 
   most = len(order) - 1
   if len(ruled(most)) > max_tokens:
-    raise ValueError(_too_long(len(ruled(most)), max_tokens))
+    raise ValueError(_too_long(spared, len(ruled(most)), max_tokens))
   cut["rules"] = _least(1, most, lambda n: len(ruled(n)) <= max_tokens)
   return ruled(cut["rules"]), cut
 
@@ -189,16 +232,16 @@ def _least(low: int, high: int, fits: Callable[[int], bool]) -> int:
   return high
 
 
-def _too_long(tokens: int, max_tokens: int) -> str:
+def _too_long(spared: str, tokens: int, max_tokens: int) -> str:
   return (
-    f"the response and one rule alone take {tokens} tokens, more than"
+    f"the {spared} and one rule alone take {tokens} tokens, more than"
     f" max_tokens = {max_tokens}; neither is ever cut. Raise max_tokens (up to"
-    " the context of the backbone) or shorten the response."
+    f" the context of the backbone) or shorten the {spared}."
   )
 
 
 def _shorten(
-  tokenizer: Tokenizer,
+  ids_of: Encode,
   messages: Sequence[Message],
   text: str | None,
   max_tokens: int,
@@ -210,12 +253,12 @@ def _shorten(
 
   def tail(n: int) -> list[int]:  # without the first n characters
     head = {"role": messages[first]["role"], "content": content[n:]}
-    return encode(tokenizer, [head, *messages[first + 1 :]], text)
+    return ids_of([head, *messages[first + 1 :]], text)
 
   if content and len(tail(len(content) - 1)) <= max_tokens:
     n = _least(1, len(content) - 1, lambda n: len(tail(n)) <= max_tokens)
     return tail(n), {**cut, "messages": first, "shortened": 1}
-  return encode(tokenizer, messages[first + 1 :], text), cut
+  return ids_of(messages[first + 1 :], text), cut
 
 
 def _words(text: str) -> list[str]:

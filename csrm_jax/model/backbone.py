@@ -324,7 +324,21 @@ class Attention(nnx.Module):
     kind: str,
     lora_scale: float,
   ) -> Float[Array, "m d"]:
-    per_head = (*subtree_end.shape, -1, self.arch.head_dim)
+    q, k, v = self.project(x, rope, lora_scale=lora_scale)
+    y = attention(q, k, v, subtree_end, kind=kind)
+    return self.out(y.reshape(x.shape[0], -1), lora_scale=lora_scale)
+
+  def project(
+    self,
+    x: Float[Array, "m d"],
+    rope: tuple[Float[Array, "b l f"], Float[Array, "b l f"]],
+    *,
+    lora_scale: float,
+  ) -> tuple[
+    Float[Array, "b l h e"], Float[Array, "b l g e"], Float[Array, "b l g e"]
+  ]:
+    """Queries, keys and values, turned to their positions."""
+    per_head = (*rope[0].shape[:2], -1, self.arch.head_dim)
     q = self.query(x, lora_scale=lora_scale).reshape(per_head)
     k = self.key(x, lora_scale=lora_scale).reshape(per_head)
     v = self.value(x, lora_scale=lora_scale).reshape(per_head)
@@ -333,9 +347,7 @@ class Attention(nnx.Module):
         norm(x.reshape(-1, x.shape[-1])).reshape(x.shape)
         for norm, x in ((self.query_norm, q), (self.key_norm, k))
       )
-    q, k = rotate(q, rope), rotate(k, rope)
-    y = attention(q, k, v, subtree_end, kind=kind)
-    return self.out(y.reshape(x.shape[0], -1), lora_scale=lora_scale)
+    return rotate(q, rope), rotate(k, rope), v
 
 
 class MLP(nnx.Module):

@@ -28,7 +28,7 @@ from csrm_jax.model.backbone import (
   run_stack,
 )
 from csrm_jax.model.names import flatten, unflatten
-from csrm_jax.types import Batch, Params
+from csrm_jax.types import Batch, Indices, Params
 
 HEADS = ("linear", "verbaliser")
 LoadParams = Callable[..., Params]
@@ -149,9 +149,17 @@ class RewardModel:
 
   def apply(self, params: Params, batch: Batch) -> Float[Array, "b s 2"]:
     """Readouts of every slot: compliance `z` (log-odds), helpfulness `h`."""
+    return self.read(params, self._readout_hidden(params, batch))
+
+  def read(
+    self, params: Params, hidden: Float[Array, "b s d"]
+  ) -> Float[Array, "b s 2"]:
+    """Readouts of final-norm states, as those of `hidden`."""
+    readouts = _score(hidden, params["head"]["kernel"])
     if self.head == "verbaliser":
-      return self.apply_with_logits(params, batch)[0]
-    return _score(self._readout_hidden(params, batch), params["head"]["kernel"])
+      logits = self._vocabulary(params, hidden)
+      readouts = readouts.at[..., 0].set(self._verdict(logits))
+    return readouts
 
   def apply_with_logits(
     self, params: Params, batch: Batch
@@ -164,12 +172,16 @@ class RewardModel:
     readouts = _score(hidden, params["head"]["kernel"])
     logits = self._vocabulary(params, hidden)
     if self.head == "verbaliser":
-      safe, unsafe = (
-        jax.nn.logsumexp(logits[..., jnp.array(ids)], axis=-1)
-        for ids in (self.safe_ids, self.unsafe_ids)
-      )
-      readouts = readouts.at[..., 0].set(safe - unsafe)
+      readouts = readouts.at[..., 0].set(self._verdict(logits))
     return readouts, logits
+
+  def _verdict(self, logits: Float[Array, "b s v"]) -> Float[Array, "b s"]:
+    """Log-odds of the verdict words for "complies"."""
+    safe, unsafe = (
+      jax.nn.logsumexp(logits[..., jnp.array(ids)], axis=-1)
+      for ids in (self.safe_ids, self.unsafe_ids)
+    )
+    return safe - unsafe
 
   def hidden(self, params: Params, batch: Batch) -> Float[Array, "b l d"]:
     """States of every token after the final norm."""
@@ -211,9 +223,7 @@ class RewardModel:
         "'auto'"
       )
     mixed = self.dtype == "mixed"
-    dtype = "float32" if mixed else self.dtype
-    table = sharding.gather_width(params["embed"]["embedding"])
-    x = sharding.keep_rows(table[batch.tokens].astype(dtype))
+    x = self._embed(params, batch.tokens)
     for stack in ("lower", "upper"):
       if stack not in params:
         continue
@@ -234,6 +244,12 @@ class RewardModel:
       if stack == "lower" and not self.train_embedding:
         x = jax.lax.stop_gradient(x)
     return x
+
+  def _embed(self, params: Params, tokens: Indices) -> Float[Array, "b l d"]:
+    """Input embeddings, in the dtype of the computation."""
+    dtype = "float32" if self.dtype == "mixed" else self.dtype
+    table = sharding.gather_width(params["embed"]["embedding"])
+    return sharding.keep_rows(table[tokens].astype(dtype))
 
   def _final_norm(self, params: Params, x: Array) -> Array:
     eps = self.architecture.norm_eps
