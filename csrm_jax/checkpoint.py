@@ -15,9 +15,11 @@ from absl import logging
 from csrm_jax import manifest, peers, storage
 from csrm_jax.sharding import path_name
 from csrm_jax.storage import AnyPath
-from csrm_jax.types import Params, TrainState
+from csrm_jax.types import Params
 
 _ITEMS = ("params", "rest")
+# A NamedTuple with a field `params`, such as `types.TrainState`.
+State = Any
 
 
 def open_manager(
@@ -114,7 +116,7 @@ def _quietly() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: State) -> None:
   """Starts saving `state` as `step`; a step that exists is left alone.
 
   Raises:
@@ -190,8 +192,8 @@ def _newest(manager: ocp.CheckpointManager) -> int:
 
 
 def restore(
-  manager: ocp.CheckpointManager, step: int, abstract: TrainState
-) -> TrainState:
+  manager: ocp.CheckpointManager, step: int, abstract: State
+) -> State:
   """State of `step` in the shapes and shardings of `abstract`.
 
   Raises:
@@ -219,10 +221,10 @@ def restore(
       f"optimizer: {error}; use the config that made it, or a new workdir"
     ) from error
   fields = restored["rest"]
-  return TrainState(**{**fields, "params": restored["params"]})
+  return type(abstract)(**{**fields, "params": restored["params"]})
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
+def _as_dict(state: Any) -> dict[str, Any]:
   return {k: v for k, v in state._asdict().items() if k != "params"}
 
 

@@ -101,6 +101,54 @@ def default() -> Config:
   d.runner = "local"  # who prepares: "local" | "beam" (Apache Beam)
   d.beam_options = ""  # Beam's own, "--runner=DataflowRunner --region=..."
 
+  c.align = a = ConfigDict()  # of launch/align.py; `model` is the policy
+  a.method = "ppo"  # "ppo" | "shaping" | "plain" | "grpo" | "rloo" |
+  #                   "reinforce"; see docs/align.md
+  a.judge = ""  # folder of the judge that costs come from; "": the shipped one
+  a.reward = ""  # folder of the reward model; "": the judge's own helpfulness
+  a.specs = ""  # spec files joined by ",": the constraints
+  a.per_rule = False  # one constraint a rule instead of one a spec
+  a.limits = "0.1"  # highest share of violations: one for all, or one each
+  a.cost = "rate"  # "rate": P(violation) | "logit": minus the log-odds
+  a.judged = 0  # constraints each response is judged by, drawn anew; 0: all
+  a.prompts = "synthetic"  # JSON lines, "synthetic", "synthetic/DOMAIN,DOMAIN"
+  a.heldout = 0.2  # share of a file's prompts kept for evaluation
+  a.prompts_per_step = 8
+  a.samples = 2  # responses to a prompt
+  a.prompt_length = 128  # tokens; longer prompts lose their oldest messages
+  a.response_length = 64  # tokens, at most
+  a.policy_reads_spec = False  # the specs stand in the policy's system turn
+  a.temperature = 1.0
+  a.top_p = 1.0
+  a.epochs = 1  # over the responses of a step
+  a.minibatches = 1  # of an epoch
+  a.kl = 0.05  # beta, per nat
+  a.discount = 1.0  # per token
+  a.gae_lambda = 0.95
+  a.clip = 0.2  # of the probability ratio
+  a.value_clip = 5.0
+  a.score_clip = 50.0  # of rewards and costs, KL included
+  a.whiten = True  # the mixed advantage
+  a.shaping = 1.0  # weight nu of the summed costs, method "shaping"
+  a.critic_lr = 1e-3
+  a.logit_tokens = 32  # of each response, whose logits are held at a time
+  a.ptx = ""  # JSON lines of messages whose responses are imitated beside
+  a.ptx_weight = 0.0
+  a.ptx_rows = 4  # a step
+  a.monitor = ""  # folder of a judge that takes no part, asked beside
+  a.evaluate_every = 10  # steps; held-out prompts, at the end too; 0: never
+  a.evaluate_prompts = 32
+  a.multiplier = u = ConfigDict()
+  u.start = 1.0  # lambda before the first step, of each constraint
+  u.lr = 0.1  # of log lambda
+  u.most = 5.0  # bound on the sum of all
+  u.least = 4.5e-5  # bound on each
+  u.window = 128  # responses that the mean cost is taken over
+  u.delay = 0  # steps before the first change
+  u.proportional = 0.0  # PID terms beside the integral one
+  u.derivative = 0.0
+  u.confidence = 0.0  # upper bound of the mean cost in its place; 0: the mean
+
   c.mesh = h = ConfigDict()
   h.replica = 1
   h.fsdp = -1  # -1: all remaining devices

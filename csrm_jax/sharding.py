@@ -33,7 +33,8 @@ _TABLE: tuple[tuple[str, P], ...] = (
   (r"mlp/(gate|up)/lora_b$", P(None, "tensor")),
   (r"mlp/down/lora_a$", P("tensor", None)),
   (r"mlp/down/lora_b$", P(None, "fsdp")),
-  (r"(scale|head/kernel)$", P()),
+  (r"(scale|head/kernel|head/bias)$", P()),
+  (r"^multiplier/", P()),
 )
 
 _ROWS = P(("replica", "fsdp"))  # of every batch and its activations

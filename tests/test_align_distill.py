@@ -92,8 +92,8 @@ def test_bad_modes_are_named():
     distill.compose(z, h, "shaped")
   with pytest.raises(ValueError, match=r"'rbr'.*features"):
     distill.compose(z, h, "rbr")
-  with pytest.raises(ValueError, match=r"'odds'.*rate, logit"):
-    distill.cost(h, form="odds")
+  with pytest.raises(ValueError, match=r"'odds'.*'rate' or 'logit'"):
+    distill.compose(z, h, "shaped", lam=jnp.ones(z.shape[1]), form="odds")
 
 
 # ------------------------------------------------------------------- pairs

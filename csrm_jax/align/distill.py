@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from csrm_jax.align.limits import costs_of
 from csrm_jax.types import Mean
 
 MODES = ("product", "log_product", "lagrangian", "shaped", "rbr")
-COSTS = ("rate", "logit")
 
 
 def compliance(
@@ -28,19 +28,6 @@ def compliance(
   training of the judge. Source: CSRM (arXiv:2605.30487).
   """
   return (a * z.astype(jnp.float32) + b) / temperature
-
-
-def cost(
-  log_odds: Float[Array, "*n"], *, form: str = "rate"
-) -> Float[Array, "*n"]:
-  """Smaller is better: "rate" is P(violation), "logit" minus the log-odds.
-
-  Raises:
-    ValueError: another form.
-  """
-  if form not in COSTS:
-    raise ValueError(f"cost {form!r}: use one of {', '.join(COSTS)}")
-  return jax.nn.sigmoid(-log_odds) if form == "rate" else -log_odds
 
 
 def compose(
@@ -97,7 +84,7 @@ def compose(
     return helpfulness + jnp.sum(features * coefficients, -1)
   if lam is None:
     raise ValueError(f"mode {mode!r}: give lam, one multiplier for each spec")
-  shaped = helpfulness - jnp.sum(lam * cost(s, form=form), -1)
+  shaped = helpfulness - jnp.sum(lam * costs_of(s, form=form), -1)
   return shaped if mode == "shaped" else shaped / (1.0 + jnp.sum(lam))
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+FORMS = ("rate", "logit")
+
 
 def costs_of(log_odds: Float[Array, "n k"], *, form: str) -> Array:
   """Costs of episodes from calibrated log-odds that they comply.
@@ -40,7 +42,7 @@ def limits_of(rates: Float[Array, " k"], *, form: str) -> Array:
 
 
 def _is_rate(form: str) -> bool:
-  if form not in ("rate", "logit"):
+  if form not in FORMS:
     raise ValueError(
       f"form of costs and limits: {form!r}: use 'rate' or 'logit'"
     )

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from csrm_jax.align import advantages as advantage
+
 SCALES = ("group", "batch", "none")
 
 
@@ -176,7 +178,6 @@ def reinforce_plus_plus(
   lam: Float[Array, " k"] | None = None,
   observed: Float[Array, "n k"] | None = None,
   whiten: bool = True,
-  eps: float = 1e-8,
 ) -> Float[Array, "n l"]:
   """Reward less the KL penalty still to come, whitened over the batch.
 
@@ -198,7 +199,6 @@ def reinforce_plus_plus(
     lam: multipliers, not negative.
     observed: 1 where the constraint was judged; default: all.
     whiten: False leaves the advantages as they are.
-    eps: added to the standard deviation.
 
   Returns:
     An advantage on each response token, 0 elsewhere.
@@ -221,10 +221,5 @@ def reinforce_plus_plus(
   ahead = jnp.cumsum(penalty[:, ::-1], -1)[:, ::-1]
   advantages = to_tokens(total, mask) - kl_coefficient * ahead
   if whiten:
-    tokens = jnp.sum(mask > 0).astype(jnp.float32)
-    tokens = jnp.where(tokens > 0, tokens, 1.0)
-    counted = jnp.where(mask > 0, advantages, 0.0)
-    about = counted - jnp.sum(counted) / tokens
-    variance = jnp.sum(jnp.where(mask > 0, jnp.square(about), 0.0)) / tokens
-    advantages = about / (jnp.sqrt(variance) + eps)
+    advantages = advantage.whiten(advantages, mask)
   return jax.lax.stop_gradient(jnp.where(mask > 0, advantages, 0.0))

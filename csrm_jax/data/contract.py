@@ -189,14 +189,14 @@ def check_row(
   if kind == "label":
     if need_label:
       _required(row, "label", origin)
-    _check_messages(_required(row, "messages", origin), "messages", origin)
+    check_messages(_required(row, "messages", origin), "messages", origin)
     _settle_spec(row, "", need_spec, origin, folder)
   elif kind == "pair":
     _check_pair(row, origin)
     needed = need_spec and row["kind"] == "resp"
     _settle_spec(row, "", needed, origin, folder)
   elif kind == "spec_pair":
-    _check_messages(_required(row, "messages", origin), "messages", origin)
+    check_messages(_required(row, "messages", origin), "messages", origin)
     for key in ("chosen_spec", "rejected_spec"):
       _check_spec(_required(row, key, origin), key, origin)
     if row["chosen_spec"] == row["rejected_spec"]:
@@ -384,9 +384,20 @@ def _check_number(
     )
 
 
-def _check_messages(
+def check_messages(
   messages: Any, field: str, origin: str, *, response: bool = True
 ) -> None:
+  """Refuses what is no list of messages.
+
+  Args:
+    messages: of a row.
+    field: its key there.
+    origin: file and line.
+    response: whether the last one must be the assistant's.
+
+  Raises:
+    ValueError: file, line, field and remedy.
+  """
   if not isinstance(messages, list) or (response and not messages):
     raise ValueError(
       f"{origin}: field '{field}': {_short(messages)}: must be a list of "
@@ -419,9 +430,9 @@ def _check_messages(
 
 def _check_pair(row: Row, origin: str) -> None:
   prompt = _required(row, "prompt", origin)
-  _check_messages(prompt, "prompt", origin, response=False)
+  check_messages(prompt, "prompt", origin, response=False)
   for key in ("chosen", "rejected"):
-    _check_messages(_required(row, key, origin), key, origin)
+    check_messages(_required(row, key, origin), key, origin)
   if row["chosen"] == row["rejected"]:
     raise ValueError(
       f"{origin}: field 'rejected': equal to chosen; give two responses"
@@ -452,7 +463,7 @@ def _check_ladder(
     rung = dict(rung)
     if "messages" not in rung:
       raise ValueError(f"{origin}: field '{at}.messages': missing; add it")
-    _check_messages(rung["messages"], f"{at}.messages", origin)
+    check_messages(rung["messages"], f"{at}.messages", origin)
     _settle_spec(rung, f"{at}.", need_spec, origin, folder)
     rungs.append(rung)
   return rungs

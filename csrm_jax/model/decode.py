@@ -283,14 +283,10 @@ def token_logprobs(
   if chunk < 1:
     raise ValueError(f"chunk = {chunk}: use 1 token or more")
   b, many = tokens.shape
-  index = jnp.broadcast_to(jnp.arange(many), (b, many))
-  ends = jnp.asarray(length)[:, None]
-  real = index < ends
-  ids = jnp.where(real, jnp.asarray(tokens), 0)
-  x = model.hidden(
-    params, _chains(ids, index, jnp.where(real, ends, index + 1))
-  )
-  x, targets = x[:, :-1], ids[:, 1:]
+  batch = chains(tokens, length)
+  real = batch.positions < jnp.asarray(length)[:, None]
+  x = model.hidden(params, batch)
+  x, targets = x[:, :-1], batch.tokens[:, 1:]
   more = -(many - 1) % chunk
   x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
   targets = jnp.pad(targets, ((0, 0), (0, more)))
@@ -323,18 +319,29 @@ def token_logprobs(
   return logprobs, entropy
 
 
-def _chains(ids: Array, positions: Array, subtree_end: Array) -> Batch:
-  """A batch of plain sequences, one readout each, nothing labelled."""
-  none = jnp.zeros((ids.shape[0], 1), jnp.float32)
-  slot = jnp.zeros((ids.shape[0], 1), jnp.int32)
+def chains(
+  tokens: Indices, length: Int[Array, " b"] | Int[np.ndarray, " b"]
+) -> Batch:
+  """A batch of plain sequences, one readout each, nothing labelled.
+
+  Args:
+    tokens: rows of one sequence each, padded on the right; what the padding
+      holds is not looked at.
+    length: of the sequences, tokens.
+  """
+  index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  ends = jnp.asarray(length)[:, None]
+  real = index < ends
+  none = jnp.zeros((tokens.shape[0], 1), jnp.float32)
+  slot = jnp.zeros((tokens.shape[0], 1), jnp.int32)
   return Batch(
-    tokens=ids,
-    positions=positions,
-    subtree_end=subtree_end,
+    tokens=jnp.where(real, jnp.asarray(tokens), 0),
+    positions=index,
+    subtree_end=jnp.where(real, ends, index + 1),
     readout=slot,
     label=none,
     label_weight=none,
-    pair=jnp.zeros((ids.shape[0], 1, 2), jnp.int32),
+    pair=jnp.zeros((tokens.shape[0], 1, 2), jnp.int32),
     pair_kind=slot,
     pair_weight=none,
     pair_margin=none,

@@ -296,6 +296,7 @@ def make(
   safe_ids: Sequence[int] = (),
   unsafe_ids: Sequence[int] = (),
   row_length: int = 1024,
+  language_model: bool = False,
 ) -> tuple[RewardModel, LoadParams]:
   """Builds the model that the `model` part of a config describes.
 
@@ -306,6 +307,8 @@ def make(
     safe_ids: tokens for "complies", the first being that of " safe".
     unsafe_ids: tokens for "violates", the first being that of " unsafe".
     row_length: longest row, tokens.
+    language_model: whether next-token logits are wanted, so that an untied
+      output embedding is loaded.
 
   Returns:
     (model, load_params). `load_params(key, shardings=None)` gives float32
@@ -344,6 +347,7 @@ def make(
     attention=attention,
     safe_ids=tuple(safe_ids),
     unsafe_ids=tuple(unsafe_ids),
+    keep_lm_head=language_model,
   )
 
   def load_params(key: jax.Array, shardings: Params | None = None) -> Params:

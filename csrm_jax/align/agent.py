@@ -1,0 +1,149 @@
+"""Policy and critics of an alignment run: models, parameters, functions."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from csrm_jax import score
+from csrm_jax.align.ppo import Agent
+from csrm_jax.model.decode import chains, token_logprobs
+from csrm_jax.model.lora import LEAVES
+from csrm_jax.model.names import flatten, unflatten
+from csrm_jax.model.reward import RewardModel
+from csrm_jax.types import Params
+
+
+class Networks(NamedTuple):
+  """The static part of the models, by the names of `ppo.MODELS`."""
+
+  policy: RewardModel
+  reward_critic: Any = None  # RewardModel, if the method has critics
+  cost_critic: Any = None
+
+
+def values(
+  model: RewardModel,
+  params: Params,
+  tokens: Int[Array, "n l"],
+  length: Int[Array, " n"],
+) -> Float[Array, "n l k"]:
+  """A critic's estimates before each token, one for each row of its head.
+
+  The value at token t is read off the state of token t - 1; at t = 0, where
+  nothing was seen, it is 0.
+  """
+  hidden = model.hidden(params, chains(tokens, length)).astype(jnp.float32)
+  head = params["head"]
+  seen = jnp.einsum("nld,kd->nlk", hidden[:, :-1], head["kernel"])
+  return jnp.pad(seen + head["bias"], ((0, 0), (1, 0), (0, 0)))
+
+
+def critic(
+  judge: score.Judge,
+  key: jax.Array,
+  *,
+  rows: Float[Array, "k d"],
+  bias: Float[Array, " k"],
+  **choices: Any,
+) -> tuple[RewardModel, Params]:
+  """A critic that starts as the model whose score it foretells.
+
+  Args:
+    judge: gives the trunk.
+    key: of the adapters.
+    rows: of the head, one for each value.
+    bias: of each value.
+    **choices: fields of `RewardModel` that differ: adapters, dtype, remat.
+  """
+  model = dataclasses.replace(judge.model, head="linear", **choices)
+  params = {k: v for k, v in judge.params.items() if k != "head"}
+  params = model.with_adapters(_own(params), key)
+  head = {"kernel": jnp.array(rows), "bias": jnp.array(bias)}
+  return model, params | {"head": head}
+
+
+def _own(params: Params) -> Params:
+  """Copies: an update gives up its buffers, the judge must keep its own."""
+  return jax.tree.map(jnp.array, params)
+
+
+def split(networks: Networks, params: Params) -> tuple[Params, Params]:
+  """(trained, frozen) leaves of all models, by name.
+
+  The policy's frozen leaves hold its start as "reference" where it is trained
+  in full; with adapters, the start is the policy without them.
+  """
+  trained, frozen = {}, {}
+  for name in params:
+    model: RewardModel = getattr(networks, name)
+    trained[name], frozen[name] = model.split(params[name])
+    if name == "policy":
+      # Its score row is of no use; out of the trained leaves, no moments.
+      frozen[name]["head"] = trained[name].pop("head")
+      if not model.lora_rank:
+        frozen[name]["reference"] = jax.tree.map(jnp.array, trained[name])
+  return trained, frozen
+
+
+def join(trained: Params, frozen: Params) -> Params:
+  """Parameters of one model out of its two parts."""
+  rest = {k: v for k, v in frozen.items() if k != "reference"}
+  return unflatten(flatten(trained) | flatten(rest))
+
+
+def reference(trained: Params, frozen: Params) -> Params:
+  """Parameters of the policy before any update, from its two parts."""
+  if "reference" in frozen:
+    return join(frozen["reference"], frozen)
+  flat = flatten(trained)
+  still = {
+    k: jnp.zeros_like(v) if k.split("/")[-1] == LEAVES[1] else v
+    for k, v in flat.items()
+  }
+  return join(unflatten(still), frozen)
+
+
+def make_agent(networks: Networks, *, chunk: int) -> Agent:
+  """The functions of an update, over (trained, frozen) leaves.
+
+  Args:
+    networks: the models.
+    chunk: tokens of each row whose logits are held at a time.
+  """
+
+  def logprobs(trained, frozen, tokens, length):
+    params = join(trained, frozen)
+    return token_logprobs(networks.policy, params, tokens, length, chunk=chunk)
+
+  def reward_values(trained, frozen, tokens, length):
+    params, model = join(trained, frozen), networks.reward_critic
+    return values(model, params, tokens, length)[..., 0]
+
+  def cost_values(trained, frozen, tokens, length):
+    params, model = join(trained, frozen), networks.cost_critic
+    return values(model, params, tokens, length)
+
+  return Agent(logprobs, reward_values, cost_values)
+
+
+def estimates(
+  agent: Agent,
+  trained: Params,
+  frozen: Params,
+  tokens: Int[Array, "n l"],
+  length: Int[Array, " n"],
+) -> dict[str, Array]:
+  """Fields of `Episodes` that the models give, before an update."""
+  start = reference(trained["policy"], frozen["policy"])
+  parts = {n: (trained[n], frozen[n], tokens, length) for n in trained}
+  found = {
+    "logprobs": agent.logprobs(*parts["policy"])[0],
+    "reference_logprobs": agent.logprobs({}, start, tokens, length)[0],
+  }
+  if "reward_critic" in trained:
+    found["reward_values"] = agent.reward_values(*parts["reward_critic"])
+    found["cost_values"] = agent.cost_values(*parts["cost_critic"])
+  return found

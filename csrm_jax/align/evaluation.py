@@ -1,0 +1,99 @@
+"""Held-out prompts under the policy of the day: rates, rewards, responses."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from csrm_jax import metrics, storage
+from csrm_jax.align import setup as setups
+from csrm_jax.align.ppo import AlignState
+from csrm_jax.align.setup import Setup
+from csrm_jax.storage import AnyPath
+
+EVALUATIONS = "evaluations.jsonl"
+RESPONSES = "responses.jsonl"
+
+
+def rate(name: str, count: int, total: int) -> dict[str, float]:
+  """A share with its 95 % Wilson interval, under three names; {} of none."""
+  if not total:
+    return {}
+  low, high = metrics.wilson(count, total)
+  return {
+    name: count / total,
+    f"{name}_low": float(low),
+    f"{name}_high": float(high),
+  }
+
+
+def evaluate(setup: Setup, state: AlignState, *, step: int) -> dict[str, Any]:
+  """Answers held-out prompts and appends what judges say to the workdir.
+
+  Every constraint is judged on every response, by the judge that costs come
+  from and by the monitor, if there is one. The same prompts, and the same
+  randomness, at every step.
+
+  Returns:
+    The line of evaluations.jsonl.
+  """
+  align = setup.config.align
+  asked = setup.heldout[: align.evaluate_prompts]
+  key = jax.random.key(setup.config.seed + 2)
+  sampled = setups.respond(setup, state, asked, samples=1, key=key)
+  n, k = len(sampled.messages), len(setup.bound)
+  every = np.ones((n, k), bool)
+  rewards = np.asarray(setup.reward(sampled.messages), np.float32)
+  judged = {"": setup.compliance(sampled.messages, every)}
+  if setup.monitor is not None:
+    judged["monitor_"] = setup.monitor(sampled.messages, every)
+  line: dict[str, Any] = {
+    "step": step,
+    "responses": n,
+    "reward": float(np.mean(rewards)),
+    "reward_deviation": float(np.std(rewards)),
+    "length": float(np.mean(np.sum(sampled.mask, axis=1))),
+    "stopped": float(np.mean(sampled.stopped)),
+  }
+  for prefix, log_odds in judged.items():
+    for i, constraint in enumerate(setup.bound):
+      count = int(np.sum(log_odds[:, i] < 0))
+      line |= rate(f"{prefix}violation/{constraint.name}", count, n)
+  names = [c.name for c in setup.bound]
+  rows = [
+    {
+      "step": step,
+      "id": i,
+      "messages": list(messages),
+      "reward": float(rewards[i]),
+      **{
+        f"{prefix}log_odds": dict(
+          zip(names, map(float, log_odds[i]), strict=True)
+        )
+        for prefix, log_odds in judged.items()
+      },
+    }
+    for i, messages in enumerate(sampled.messages)
+  ]
+  _append(setup.workdir / RESPONSES, rows)
+  _append(setup.workdir / EVALUATIONS, [line])
+  return line
+
+
+def trim(workdir: AnyPath, step: int) -> None:
+  """Drops what was written after the checkpoint that a run goes on from."""
+  for name in (EVALUATIONS, RESPONSES):
+    path = workdir / name
+    if path.is_file():
+      lines = [json.loads(text) for text in path.read_text().splitlines()]
+      kept = [line for line in lines if line["step"] <= step]
+      storage.write_text(
+        path, "".join(json.dumps(line) + "\n" for line in kept)
+      )
+
+
+def _append(path: AnyPath, lines: list[dict[str, Any]]) -> None:
+  before = path.read_text() if path.is_file() else ""
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  storage.write_text(path, before + text)

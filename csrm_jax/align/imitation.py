@@ -1,0 +1,80 @@
+"""Supervised rows beside the policy gradient: the ptx loss of InstructGPT."""
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from csrm_jax.data import contract, prompt
+from csrm_jax.data.tokenizer import Tokenizer
+
+
+class Rows(NamedTuple):
+  """Conversations whose last response is to be imitated."""
+
+  tokens: Int[np.ndarray, "x l"]
+  length: Int[np.ndarray, " x"]
+  mask: Float[np.ndarray, "x l"]  # 1 on the response and its end of turn
+
+
+def read(source: str, tokenizer: Tokenizer, *, room: int) -> Rows:
+  """Reads JSON lines with "messages", the last one the assistant's.
+
+  Rows longer than `room` are left out and counted on the screen.
+
+  Args:
+    source: the file.
+    tokenizer: of the policy.
+    room: tokens of prompt and response.
+
+  Raises:
+    ValueError: file, line, field and remedy; or no row fits.
+  """
+  path = Path(source)
+  stop = prompt.stop_ids(tokenizer)[0]
+  kept: list[tuple[list[int], int]] = []
+  longer = 0
+  for number, raw in contract.raw_lines(path):
+    where = f"{path}:{number}"
+    row = contract.parse_line(raw, where)
+    messages: Any = row.get("messages") if isinstance(row, dict) else None
+    contract.check_messages(messages, "messages", where)
+    before = prompt.encode(tokenizer, messages[:-1])
+    response = tokenizer.encode(messages[-1]["content"])
+    ids = [*before, *response, stop]
+    if len(ids) > room:
+      longer += 1
+    else:
+      kept.append((ids, len(before)))
+  if longer:
+    print(f"{path}: {longer} rows longer than {room} tokens were left out")
+  if not kept:
+    raise ValueError(
+      f"{path}: no row of at most {room} tokens to imitate; raise"
+      " align.prompt_length or align.response_length, or give shorter rows"
+    )
+  tokens = np.zeros((len(kept), room), np.int32)
+  mask = np.zeros((len(kept), room), np.float32)
+  for i, (ids, start) in enumerate(kept):
+    tokens[i, : len(ids)] = ids
+    mask[i, start : len(ids)] = 1.0
+  return Rows(tokens, np.array([len(ids) for ids, _ in kept], np.int32), mask)
+
+
+def batch(
+  rows: Rows, *, seed: int, step: int, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(tokens, length, mask) of `count` rows: a pure function of its arguments.
+
+  Every row comes once before any comes twice.
+  """
+  n = len(rows.length)
+  chosen = []
+  for i in range(step * count, (step + 1) * count):
+    epoch, at = divmod(i, n)
+    order = list(range(n))
+    random.Random(f"imitation/{seed}/{epoch}").shuffle(order)
+    chosen.append(order[at])
+  return rows.tokens[chosen], rows.length[chosen], rows.mask[chosen]

@@ -1,0 +1,345 @@
+"""What an alignment run is made of: models, judges, optimizers, programs."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from csrm_jax import checkpoint, score, sharding
+from csrm_jax.align import agent as agents
+from csrm_jax.align import (
+  feedback,
+  imitation,
+  lagrange,
+  limits,
+  ppo,
+  prompts,
+  rollout,
+)
+from csrm_jax.align.feedback import (
+  ComplianceFunction,
+  Constraint,
+  RewardFunction,
+)
+from csrm_jax.align.ppo import AlignState
+from csrm_jax.align.rollout import Rollouts
+from csrm_jax.config import Config
+from csrm_jax.data.tokenizer import Tokenizer
+from csrm_jax.model import reward as reward_models
+from csrm_jax.storage import AnyPath
+from csrm_jax.train import loop
+from csrm_jax.train import optimizer as optimizers
+from csrm_jax.types import Params
+
+WITHOUT_CRITICS = ("grpo", "rloo", "reinforce")
+# (tokens [x l], length [x], mask of what to imitate [x l]) of a step.
+Imitation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class Setup(NamedTuple):
+  """What stays the same through a run."""
+
+  config: Config
+  workdir: AnyPath
+  tokenizer: Tokenizer
+  bound: list[Constraint]
+  train: list[prompts.Prompt]
+  heldout: list[prompts.Prompt]
+  reward: RewardFunction
+  compliance: ComplianceFunction
+  monitor: ComplianceFunction | None
+  networks: agents.Networks
+  agent: ppo.Agent
+  frozen: Params
+  mesh: Mesh
+  imitated: Imitation | None  # rows of step k
+
+
+def set_up(
+  config: Config,
+  workdir: AnyPath,
+  reward: RewardFunction | None,
+  compliance: ComplianceFunction | None,
+) -> tuple[Setup, Params]:
+  """All but the state, and the trained leaves that it starts from."""
+  align = config.align
+  bound = feedback.constraints(config)
+  train, heldout = prompts.read(align.prompts, heldout=align.heldout)
+  tokenizer = loop.load_tokenizer(config)
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_rows(align.prompts_per_step * align.samples, 1, mesh)
+  judge = score.load(align.judge or str(score.SHIPPED))
+  rewarder = score.load(align.reward) if align.reward else judge
+  if reward is None:
+    reward = feedback.reward_of(rewarder)
+  if compliance is None:
+    compliance = feedback.compliance_of(judge, bound)
+  monitor = None
+  if align.monitor:
+    monitor = feedback.compliance_of(score.load(align.monitor), bound)
+  networks, params = _models(config, tokenizer, rewarder, judge, len(bound))
+  trained, frozen = agents.split(networks, params)
+  frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
+  setup = Setup(
+    config=config,
+    workdir=workdir,
+    tokenizer=tokenizer,
+    bound=bound,
+    train=train,
+    heldout=heldout,
+    reward=reward,
+    compliance=compliance,
+    monitor=monitor,
+    networks=networks,
+    agent=agents.make_agent(networks, chunk=align.logit_tokens),
+    frozen=frozen,
+    mesh=mesh,
+    imitated=_imitation(config, tokenizer),
+  )
+  return setup, trained
+
+
+def _imitation(config: Config, tokenizer: Tokenizer) -> Imitation | None:
+  """Rows of step k for the ptx loss, if there is one."""
+  align = config.align
+  if not align.ptx_weight:
+    return None
+  if not align.ptx:
+    raise ValueError(
+      f"--config.align.ptx_weight={align.ptx_weight} without anything to"
+      " imitate: name JSON lines of messages by --config.align.ptx=FILE"
+    )
+  rows = imitation.read(
+    align.ptx,
+    tokenizer,
+    room=align.prompt_length + align.response_length,
+  )
+  return lambda k: imitation.batch(
+    rows, seed=config.seed, step=k, count=align.ptx_rows
+  )
+
+
+def respond(
+  setup: Setup,
+  state: AlignState,
+  asked: Sequence[prompts.Prompt],
+  *,
+  samples: int,
+  key: jax.Array,
+) -> Rollouts:
+  """Responses of the policy of `state`, in batches of one shape."""
+  align = setup.config.align
+  spec = None
+  if align.policy_reads_spec:
+    spec = "\n".join(c.spec.render() for c in setup.bound)
+  return rollout.sample(
+    setup.networks.policy,
+    agents.join(state.params["policy"], setup.frozen["policy"]),
+    setup.tokenizer,
+    asked,
+    key=key,
+    samples=samples,
+    prompt_length=align.prompt_length,
+    response_length=align.response_length,
+    temperature=align.temperature,
+    top_p=align.top_p,
+    spec=spec,
+    rows=align.prompts_per_step * align.samples,
+    on_long="cut",
+    mesh=setup.mesh,
+  )
+
+
+def _models(
+  config: Config,
+  tokenizer: Tokenizer,
+  rewarder: score.Judge,
+  judge: score.Judge,
+  k: int,
+) -> tuple[agents.Networks, Params]:
+  """Policy and critics of k constraints, with their first parameters."""
+  keys = jax.random.split(jax.random.key(config.seed), 3)
+  policy, load_params = reward_models.make(
+    config.model,
+    vocab_size=tokenizer.vocab_size,
+    row_length=config.align.prompt_length + config.align.response_length,
+    language_model=True,
+  )
+  if config.align.method in WITHOUT_CRITICS:
+    return agents.Networks(policy), {"policy": load_params(keys[0])}
+  choices = {
+    "lora_rank": config.model.lora_rank,
+    "lora_alpha": config.model.lora_alpha,
+    "train_layers": config.model.train_layers,
+    "remat": config.model.remat,
+    "dtype": policy.dtype,
+    "attention": policy.attention,
+  }
+  reward_critic, reward_params = agents.critic(
+    rewarder,
+    keys[1],
+    rows=rewarder.params["head"]["kernel"][1:],
+    bias=jnp.zeros(1, jnp.float32),
+    **choices,
+  )
+  cost_row = -judge.params["head"]["kernel"][:1] / judge.temperature
+  rate = config.align.cost == "rate"
+  cost_critic, cost_params = agents.critic(
+    judge,
+    keys[2],
+    # sigmoid(c) is c / 4 + 1/2 near 0: so a rate starts from its logit.
+    rows=jnp.tile(cost_row / 4 if rate else cost_row, (k, 1)),
+    bias=jnp.full(k, 0.5 if rate else 0.0, jnp.float32),
+    **choices,
+  )
+  params = {
+    "policy": load_params(keys[0]),
+    "reward_critic": reward_params,
+    "cost_critic": cost_params,
+  }
+  return agents.Networks(policy, reward_critic, cost_critic), params
+
+
+def make_optimizers(config: Config):
+  """AdamW for each model; critics have their own rate and train their head."""
+  align = config.align
+  steps = config.steps * align.epochs * align.minibatches
+  own = dict(config.optimizer)
+  critic = own | {"lr": align.critic_lr, "head_lr": 1.0}
+  names = ppo.MODELS
+  if align.method in WITHOUT_CRITICS:
+    names = names[:1]
+  return {
+    name: optimizers.make_optimizer(
+      steps=steps, **(own if name == "policy" else critic)
+    )
+    for name in names
+  }
+
+
+def _multiplier_optimizer(config: Config) -> optax.GradientTransformation:
+  return optax.sgd(config.align.multiplier.lr)
+
+
+def start(setup: Setup, optimizer, params: Params, saved) -> AlignState:
+  """The newest checkpoint, or the state before the first update."""
+  config, mesh = setup.config, setup.mesh
+  fresh = functools.partial(
+    _fresh, config=config, optimizer=optimizer, k=len(setup.bound)
+  )
+  shape = jax.eval_shape(fresh, params)
+  held = sharding.shardings(shape, mesh)
+  latest = saved.latest_step()
+  if latest is not None:
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shape,
+      held,
+    )
+    return checkpoint.restore(saved, latest, abstract)
+  return jax.jit(fresh, out_shardings=held)(params)
+
+
+def _fresh(params: Params, *, config: Config, optimizer, k: int) -> AlignState:
+  chosen = config.align.multiplier
+  multiplier = lagrange.init(
+    k,
+    lam0=chosen.start,
+    window=chosen.window,
+    optimizer=_multiplier_optimizer(config),
+  )
+  return ppo.init_state(params, optimizer, multiplier)
+
+
+def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
+  """Keywords of `ppo.update` that the configuration gives."""
+  align, chosen = config.align, config.align.multiplier
+  rates = jnp.asarray([c.limit for c in bound], jnp.float32)
+  aim = functools.partial(
+    ppo.targets,
+    kl_coefficient=align.kl,
+    discount=align.discount,
+    gae_lambda=align.gae_lambda,
+    score_clip=align.score_clip,
+    whiten=align.whiten,
+  )
+  if align.method in WITHOUT_CRITICS:
+    aim = functools.partial(
+      ppo.targets_without_critics,
+      method=align.method,
+      kl_coefficient=align.kl,
+    )
+  pid = None
+  if chosen.proportional or chosen.derivative:
+    pid = (chosen.proportional, 1.0, chosen.derivative)
+  return {
+    "multiplier": {
+      "limits": limits.limits_of(rates, form=align.cost),
+      "optimizer": _multiplier_optimizer(config),
+      "lam_max": chosen.most,
+      "lam_min": chosen.least,
+      "delay": chosen.delay,
+      "pid": pid,
+      "pessimism": chosen.confidence,
+    },
+    "aim": aim,
+    "clip": align.clip,
+    "value_clip": align.value_clip,
+    "ptx_weight": align.ptx_weight,
+    "costs_matter": align.method not in ("shaping", "plain"),
+    "shaping": align.shaping if align.method == "shaping" else 0.0,
+  }
+
+
+def compile_update(
+  abstract: AlignState,
+  frozen: Params,
+  mesh: Mesh,
+  *,
+  agent: ppo.Agent,
+  optimizer: Any,
+  keywords: Any,
+) -> Callable[..., tuple[AlignState, ppo.Metrics]]:
+  """`ppo.update` under jit on a mesh; the state's buffers are donated."""
+
+  def step(state, frozen, episodes, indices, ptx):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return ppo.update(
+        state,
+        frozen,
+        episodes,
+        indices,
+        ptx,
+        agent=agent,
+        optimizers=optimizer,
+        **keywords,
+      )
+
+  held = sharding.shardings(abstract, mesh)
+  still = sharding.shardings(frozen, mesh)
+  rows = sharding.batch_sharding(mesh)
+  everywhere = NamedSharding(mesh, P())
+  return jax.jit(
+    step,
+    in_shardings=(held, still, rows, everywhere, rows),
+    out_shardings=(held, everywhere),
+    donate_argnums=(0,),
+  )
+
+
+def compile_estimates(setup: Setup) -> Callable[..., dict[str, Array]]:
+  """`agents.estimates` under jit on the mesh."""
+  mesh = setup.mesh
+
+  def estimates(trained, frozen, tokens, length):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return agents.estimates(setup.agent, trained, frozen, tokens, length)
+
+  return jax.jit(estimates, out_shardings=sharding.batch_sharding(mesh))

@@ -1,0 +1,185 @@
+"""align/run.py, setup.py, evaluation.py: tiny runs, whole."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from csrm_jax import peers
+from csrm_jax.align.run import align
+from csrm_jax.train.loop import fit
+
+ROOT = Path(__file__).parent.parent
+SPECS = "specs/clinic_desk.yaml,specs/study_hall.yaml"
+CHANGES = {
+  "steps": 4,
+  "checkpoint_every": 2,
+  "model.lora_rank": 4,
+  "align.specs": SPECS,
+  "align.prompts": "synthetic/alcohol",
+  "align.prompts_per_step": 4,
+  "align.samples": 2,
+  "align.prompt_length": 48,
+  "align.response_length": 6,
+  "align.evaluate_every": 2,
+  "align.evaluate_prompts": 3,
+}
+
+
+def length_reward(conversations):
+  """No model of the repository: any function of conversations will do."""
+  return np.array([len(c[-1]["content"]) for c in conversations]) / 50
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+  """A workdir of configs/tiny.py after one step."""
+  folder = tmp_path_factory.mktemp("judge")
+  config = tiny.get_config()
+  config.steps = 1
+  config.batch_rows = 2
+  config.data.examples = 8
+  fit(config, folder)
+  return folder
+
+
+def recipe(judge, **changes):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(
+    CHANGES | {"align.judge": str(judge)} | changes
+  )
+  return config
+
+
+def read(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(judge, tmp_path_factory):
+  """A run to its end: (workdir, result)."""
+  folder = tmp_path_factory.mktemp("run")
+  return folder, align(recipe(judge), folder, reward=length_reward)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+  folder, result = whole
+  lines = read(folder / "metrics.jsonl")
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
+  for line in lines:
+    for name in ("clinic_desk", "study_hall"):
+      assert 0 <= line[f"violation/{name}_low"] <= line[f"violation/{name}"]
+      assert line[f"violation/{name}"] <= line[f"violation/{name}_high"] <= 1
+      # An untrained judge is at one half, far above the limit of 0.1.
+      assert line[f"gap/{name}"] > 0
+    assert np.isfinite([v for v in line.values()]).all()
+    assert 1 <= line["length"] <= 6
+  lam = [line["lam/clinic_desk"] for line in lines]
+  assert lam == sorted(lam) and lam[-1] > lam[0] > 1.0
+  found = read(folder / "evaluations.jsonl")
+  assert [line["step"] for line in found] == [0, 2, 4]
+  responses = read(folder / "responses.jsonl")
+  assert len(responses) == 9
+  assert responses[0]["messages"][-1]["role"] == "assistant"
+  assert set(responses[0]["log_odds"]) == {"clinic_desk", "study_hall"}
+  assert json.loads((folder / "result.json").read_text()) == result
+  assert result["tokens"] == sum(8 * line["length"] for line in lines)
+
+
+def test_a_finished_run_is_not_run_again(whole, judge):
+  folder, result = whole
+  again = align(recipe(judge), folder, reward=length_reward)
+  assert again["params_sha256"] == result["params_sha256"]
+  assert len(read(folder / "metrics.jsonl")) == 4
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_the_same_run(
+  whole, judge, tmp_path, monkeypatch
+):
+  @contextlib.contextmanager
+  def at_three():
+    yield lambda step: step == 3
+
+  monkeypatch.setattr(peers, "preempted", at_three)
+  stopped = align(recipe(judge), tmp_path, reward=length_reward)
+  assert stopped["step"] == 3 and "params_sha256" not in stopped
+  monkeypatch.undo()
+  result = align(recipe(judge), tmp_path, reward=length_reward)
+  folder, expected = whole
+  assert result["params_sha256"] == expected["params_sha256"]
+  times = ("seconds", "seconds_sample", "seconds_judge", "seconds_update")
+  for name in ("metrics.jsonl", "evaluations.jsonl", "responses.jsonl"):
+    ours, theirs = read(tmp_path / name), read(folder / name)
+    for line in (*ours, *theirs):
+      for key in times:
+        line.pop(key, None)
+    assert ours == theirs, name
+
+
+def test_another_recipe_is_refused(whole, judge):
+  folder, _ = whole
+  with pytest.raises(ValueError, match=r"made with align\.kl = 0\.05"):
+    align(recipe(judge, **{"align.kl": 0.1}), folder, reward=length_reward)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"align.specs": ""}, "align.specs is empty"),
+    ({"align.limits": "0.1,0.2,0.3"}, "one for each of the 2 constraints"),
+    ({"align.limits": "1.5"}, "one rate in"),
+    ({"align.method": "trpo"}, "align.method=trpo: use one of ppo"),
+    ({"align.cost": "hinge"}, "align.cost=hinge: use one of rate"),
+    ({"align.prompts": "nowhere.jsonl"}, "no such file"),
+    ({"align.prompts": "synthetic/moon"}, "no domain 'moon'"),
+    ({"align.ptx_weight": 1.0}, "without anything to imitate"),
+    ({"align.samples": 3, "mesh.fsdp": 2}, "does not cover"),
+  ],
+)
+def test_mistakes_are_named(judge, tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    align(recipe(judge, **changes), tmp_path, reward=length_reward)
+
+
+def test_no_helpfulness_no_reward(judge, tmp_path):
+  with pytest.raises(ValueError, match="no trained helpfulness head"):
+    align(recipe(judge), tmp_path)
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one(whole, judge, tmp_path):
+  """The same first update on a mesh of eight, to 1e-4."""
+  code = f"""
+import json, sys
+import jax
+sys.path.insert(0, "tests")
+from test_align_run import length_reward, recipe
+from csrm_jax.align.run import align
+assert jax.device_count() == 8
+config = recipe({str(judge)!r}, **{{"mesh.replica": 2, "mesh.fsdp": 2,
+  "mesh.tensor": 2, "align.evaluate_every": 0}})
+align(config, {str(tmp_path)!r}, reward=length_reward)
+"""
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": str(ROOT),
+  }
+  run = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+    capture_output=True,
+  )  # fmt: skip
+  assert run.returncode == 0, run.stderr[-3000:]
+  assert "Involuntary full rematerialization" not in run.stderr
+  first, _ = (read(d / "metrics.jsonl") for d in (tmp_path, whole[0]))
+  expected = read(whole[0] / "metrics.jsonl")
+  for key, value in expected[0].items():
+    if not key.startswith("seconds"):
+      assert first[0][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
