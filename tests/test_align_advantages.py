@@ -51,7 +51,7 @@ def poisoned(x, mask):
 
 def gae_reference(rewards, values, mask, discount, gae_lambda):
   """By its definition: A_t = sum_i (discount gae_lambda)^i delta_{t+i}."""
-  rewards, values = np.float64(rewards), np.float64(values)
+  rewards, values = (np.asarray(x, np.float64) for x in (rewards, values))
   a, g = np.zeros(mask.shape), np.zeros(mask.shape)
   for i, live in enumerate(mask > 0):
     at = np.flatnonzero(live)
@@ -259,10 +259,10 @@ def test_padding_changes_nothing(seed):
   np.testing.assert_array_equal(clean[1], dirty[1])
 
   wide = np.pad(mask, ((0, 1), (0, 3)))
-  more = [
+  more, after = (
     poisoned(np.pad(x, ((0, 1), (0, 3))), wide) for x in (rewards, values)
-  ]
-  padded = gae(*more, jnp.asarray(wide))
+  )
+  padded = gae(more, after, jnp.asarray(wide))
   np.testing.assert_array_equal(padded[0][:-1, :-3], clean[0])
   np.testing.assert_array_equal(padded[1][:-1, :-3], clean[1])
   np.testing.assert_array_equal(padded[0][-1:], 0.0)

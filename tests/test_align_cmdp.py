@@ -7,7 +7,7 @@ problem comes from `solve`, which enumerates all sequences in float64 and shares
 no code with the package.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,8 @@ def solve(problem: Problem, limits: np.ndarray) -> tuple[np.ndarray, ...]:
 
     if excess(0.0) <= 0:
       return best([*fixed, 0.0])
-    return best([*fixed, brentq(excess, 0.0, 100.0, xtol=1e-12)])
+    root: Any = brentq(excess, 0.0, 100.0, xtol=1e-12)
+    return best([*fixed, root])
 
   lam = best([])
   p = distribution(problem, lam)
@@ -129,7 +130,7 @@ def solve(problem: Problem, limits: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 class Agent(NamedTuple):
-  tables: dict  # policy [prefixes actions], value [prefixes], cost [prefixes k]
+  tables: Any  # policy [prefixes actions], value [prefixes], cost [prefixes k]
   opt_state: optax.OptState
   multiplier: lagrange.Multiplier
 

@@ -142,7 +142,7 @@ def test_windows_are_queues_of_their_own(seed, w, k):
       np.testing.assert_array_equal(np.sort(held), np.sort(queue))
   mean, bound, count = lagrange.judge(state)
   np.testing.assert_array_equal(count, [len(q) for q in queues])
-  expected = [np.mean(q) if q else 0.0 for q in queues]
+  expected = np.array([np.mean(q) if q else 0.0 for q in queues])
   np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(bound, mean)
   assert (np.asarray(state.rejected) == 0).all()

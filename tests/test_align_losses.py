@@ -212,7 +212,11 @@ def test_clip_fraction_ignores_padding():
   clean = losses.clip_fraction(*device(x, y, z, mask), clip=0.2)
   assert 0 < clean.total < clean.weight
   dirty = losses.clip_fraction(
-    *(poisoned(a, mask) for a in (x, y, z)), jnp.asarray(mask), clip=0.2
+    poisoned(x, mask),
+    poisoned(y, mask),
+    poisoned(z, mask),
+    jnp.asarray(mask),
+    clip=0.2,
   )
   assert clean.total == dirty.total
   assert clean.weight == dirty.weight
