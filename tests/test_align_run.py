@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import csrm_jax
 from configs import tiny
 from csrm_jax import peers
+from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
 
@@ -65,7 +67,7 @@ def read(path):
 def whole(judge, tmp_path_factory):
   """A run to its end: (workdir, result)."""
   folder = tmp_path_factory.mktemp("run")
-  return folder, align(recipe(judge), folder, reward=length_reward)
+  return folder, csrm_jax.align(recipe(judge), folder, reward=length_reward)
 
 
 def test_a_run_leaves_what_it_promises(whole):
@@ -161,6 +163,7 @@ import json, sys
 import jax
 sys.path.insert(0, "tests")
 from test_align_run import length_reward, recipe
+from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 assert jax.device_count() == 8
 config = recipe({str(judge)!r}, **{{"mesh.replica": 2, "mesh.fsdp": 2,
@@ -183,3 +186,21 @@ align(config, {str(tmp_path)!r}, reward=length_reward)
   for key, value in expected[0].items():
     if not key.startswith("seconds"):
       assert first[0][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+def test_report(whole, tmp_path):
+  folder, _ = whole
+  found = report({"a": folder, "b": folder}, tmp_path)
+  assert json.loads((tmp_path / "align.json").read_text()) == found
+  for name in ("a.png", "b.png", "front.png"):
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+  lines = read(folder / "metrics.jsonl")
+  clinic = found["a"]["constraints"]["clinic_desk"]
+  pooled = np.mean([line["violation/clinic_desk"] for line in lines])
+  assert clinic["last"] == pytest.approx(pooled)
+  assert clinic["last_low"] < clinic["last"] <= clinic["last_high"]
+  assert clinic["lam"] == lines[-1]["lam/clinic_desk"]
+  ends = read(folder / "evaluations.jsonl")
+  assert found["a"]["reward_end"] == ends[-1]["reward"]
+  with pytest.raises(ValueError, match=r"metrics\.jsonl: missing"):
+    report({"a": tmp_path}, tmp_path)

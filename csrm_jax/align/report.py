@@ -1,0 +1,226 @@
+"""Alignment runs side by side: curves, the front of reward against violations.
+
+Reads what `launch/align.py` leaves in its workdirs; no model is loaded.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from csrm_jax import storage
+from csrm_jax.align.evaluation import EVALUATIONS, rate
+from csrm_jax.eval.plots import BLUE, GREY, ORANGE
+
+LAST = 20  # updates that "stays below its limit" is judged over
+_COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8e5ea2", "#b3261e", GREY)
+
+
+def read(workdir: str | Path) -> dict[str, Any]:
+  """One run: its configuration, updates and evaluations.
+
+  Raises:
+    ValueError: a file of the run is missing; says which.
+  """
+  folder = Path(workdir)
+  found: dict[str, Any] = {}
+  for name, file in (
+    ("updates", "metrics.jsonl"),
+    ("evaluations", EVALUATIONS),
+  ):
+    path = folder / file
+    if not path.is_file():
+      raise ValueError(
+        f"{path}: missing; give a workdir of launch/align.py with"
+        " align.evaluate_every above 0"
+      )
+    found[name] = [json.loads(line) for line in path.read_text().splitlines()]
+  config = json.loads((folder / "config.json").read_text())
+  return found | {"config": config, "constraints": _names(found["updates"])}
+
+
+def _names(updates: Sequence[Mapping[str, Any]]) -> list[str]:
+  prefix = "lam/"
+  return [k[len(prefix) :] for k in updates[-1] if k.startswith(prefix)]
+
+
+def summary(run: Mapping[str, Any]) -> dict[str, Any]:
+  """The figures of one run.
+
+  Rates over the last `LAST` updates pool the training responses; "start" and
+  "end" are the first and last evaluation on held-out prompts.
+
+  Returns:
+    For each constraint: "limit", violation rates with 95 % Wilson intervals
+    ("last", "start", "end", and "monitor_start", "monitor_end" if a monitor was
+    asked), the last multiplier. And the reward at both ends, its fall in
+    standard deviations of the start's responses, KL and length.
+  """
+  updates, evaluations = run["updates"], run["evaluations"]
+  align = run["config"]["align"]
+  names = run["constraints"]
+  limits = [float(x) for x in align["limits"].split(",")]
+  if len(limits) == 1:
+    limits *= len(names)
+  n = align["prompts_per_step"] * align["samples"]
+  start, end = evaluations[0], evaluations[-1]
+  constraints = {}
+  for name, limit in zip(names, limits, strict=True):
+    last = updates[-LAST:]
+    # Each update judged n responses, or the share that it asked about.
+    asked = n * min(1.0, (align["judged"] or len(names)) / len(names))
+    shares = [u[f"violation/{name}"] for u in last if f"violation/{name}" in u]
+    total = round(asked * len(shares))
+    found: dict[str, Any] = {"limit": limit, "lam": updates[-1][f"lam/{name}"]}
+    found |= rate("last", round(float(np.sum(shares)) * asked), total)
+    for side, line in (("start", start), ("end", end)):
+      for prefix in ("", "monitor_"):
+        key = f"{prefix}violation/{name}"
+        for suffix in ("", "_low", "_high"):
+          if key + suffix in line:
+            found[f"{prefix}{side}{suffix}"] = line[key + suffix]
+    constraints[name] = found
+  deviation = start["reward_deviation"] or 1.0
+  return {
+    "method": align["method"],
+    "updates": len(updates),
+    "constraints": constraints,
+    "reward_start": start["reward"],
+    "reward_end": end["reward"],
+    "reward_change_deviations": (end["reward"] - start["reward"]) / deviation,
+    "kl": float(np.mean([u["kl"] for u in updates[-LAST:]])),
+    "length_start": start["length"],
+    "length_end": end["length"],
+    "seconds": updates[-1]["seconds"],
+  }
+
+
+def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
+  """lambda, mean cost with its limit, violations and reward over updates."""
+  updates, names = run["updates"], run["constraints"]
+  evaluations = run["evaluations"]
+  step = [u["step"] for u in updates]
+  figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.0), sharex=True)
+  limits = summary(run)["constraints"]
+  for i, name in enumerate(names[: len(_COLOURS)]):
+    colour = _COLOURS[i]
+    axes[0, 0].plot(step, [u[f"lam/{name}"] for u in updates], color=colour)
+    axes[0, 1].plot(
+      step, [u[f"cost/{name}"] for u in updates], color=colour, label=name
+    )
+    axes[1, 0].axhline(limits[name]["limit"], color=colour, lw=0.8, ls=":")
+    for prefix, style in (("", "-"), ("monitor_", "--")):
+      key = f"{prefix}violation/{name}"
+      seen = [e for e in evaluations if key in e]
+      if seen:
+        low, mid, high = (
+          np.array([e[key + s] for e in seen]) for s in ("_low", "", "_high")
+        )
+        axes[1, 0].errorbar(
+          [e["step"] for e in seen],
+          mid,
+          yerr=[mid - low, high - mid],
+          color=colour,
+          ls=style,
+          marker="o",
+          ms=3,
+          elinewidth=0.8,
+          label="second judge" if prefix else "judge",
+        )
+  axes[0, 0].set_title("multiplier")
+  axes[0, 1].set_title("mean cost over the window")
+  axes[0, 1].legend(fontsize=8)
+  axes[1, 0].set_title("violation rate, held-out prompts, 95 %")
+  axes[1, 0].set(ylim=(0, 1))
+  axes[1, 0].legend(fontsize=8)
+  axes[1, 1].plot(step, [u["reward"] for u in updates], color=GREY, lw=0.8)
+  axes[1, 1].plot(
+    [e["step"] for e in evaluations],
+    [e["reward"] for e in evaluations],
+    color=BLUE,
+    marker="o",
+    ms=3,
+    label="held-out prompts",
+  )
+  axes[1, 1].set_title("reward")
+  axes[1, 1].legend(fontsize=8)
+  for ax in axes[1]:
+    ax.set_xlabel("update")
+  figure.suptitle(title)
+  figure.tight_layout()
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+  """Reward against violations at the end of each run, with 95 % intervals.
+
+  The violation rate of several constraints is their mean. Runs of method
+  "shaping" are joined in the order of their weight.
+  """
+  figure, ax = plt.subplots(figsize=(6.0, 4.5))
+  points: dict[str, list[tuple[float, ...]]] = {}
+  for name, run in runs.items():
+    end, names = run["evaluations"][-1], run["constraints"]
+    low, mid, high = (
+      np.mean([end[f"violation/{c}{s}"] for c in names])
+      for s in ("_low", "", "_high")
+    )
+    half = 1.96 * end["reward_deviation"] / np.sqrt(end["responses"])
+    method = run["config"]["align"]["method"]
+    weight = run["config"]["align"]["shaping"]
+    points.setdefault(method, []).append(
+      tuple(
+        map(float, (weight, mid, end["reward"], mid - low, high - mid, half))
+      )
+    )
+    ax.annotate(name, (mid, end["reward"]), fontsize=8, xytext=(4, 4),
+                textcoords="offset points")  # fmt: skip
+  for i, (method, found) in enumerate(points.items()):
+    _, x, y, left, right, half = np.array(sorted(found)).T
+    ax.errorbar(
+      x,
+      y,
+      xerr=[left, right],
+      yerr=half,
+      marker="o",
+      ls="-" if method == "shaping" else "",
+      color=_COLOURS[i % len(_COLOURS)],
+      elinewidth=0.8,
+      label=method,
+    )
+  ax.set(xlabel="violation rate", ylabel="reward (helpfulness)", xlim=(0, None))
+  ax.legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def report(
+  workdirs: Mapping[str, str | Path], output: str | Path
+) -> dict[str, Any]:
+  """Writes align.json, front.png and a picture of each run's curves.
+
+  Args:
+    workdirs: of the runs, by the name they get.
+    output: folder.
+
+  Returns:
+    `summary` of each run, by name; what align.json holds.
+  """
+  folder = Path(output)
+  folder.mkdir(parents=True, exist_ok=True)
+  runs = {name: read(path) for name, path in workdirs.items()}
+  for name, run in runs.items():
+    curves(run, folder / f"{name}.png", title=name)
+  front(runs, folder / "front.png")
+  found = {name: summary(run) for name, run in runs.items()}
+  storage.write_json(folder / "align.json", found)
+  return found
