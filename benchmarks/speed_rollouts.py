@@ -183,6 +183,7 @@ def judge_cache(args: argparse.Namespace) -> dict[str, Any]:
     specs = _specs(words, count)
     start = time.perf_counter()
     cache = SpecCache(judge, specs)
+    jax.block_until_ready(cache._stores)
     built = time.perf_counter() - start
     observed = np.ones((len(texts), count), bool)
     if case == "few":
