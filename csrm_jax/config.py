@@ -118,8 +118,8 @@ def default() -> Config:
   a.prompt_length = 128  # tokens; longer prompts lose their oldest messages
   a.response_length = 64  # tokens, at most
   a.policy_reads_spec = False  # the specs stand in the policy's system turn
-  a.temperature = 1.0
-  a.top_p = 1.0
+  a.temperature = 1.0  # above 0; the policy is the model's distribution at
+  #                      this temperature, for sampling and updates alike
   a.epochs = 1  # over the responses of a step
   a.minibatches = 1  # of an epoch
   a.kl = 0.05  # beta, per nat

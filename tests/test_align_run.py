@@ -143,6 +143,7 @@ def test_another_recipe_is_refused(whole, judge):
     ({"align.prompts": "synthetic/moon"}, "no domain 'moon'"),
     ({"align.ptx_weight": 1.0}, "without anything to imitate"),
     ({"align.samples": 3, "mesh.fsdp": 2}, "does not cover"),
+    ({"align.temperature": 0.0}, "align.temperature=0.0: use one above 0"),
   ],
 )
 def test_mistakes_are_named(judge, tmp_path, changes, message):

@@ -312,20 +312,24 @@ def test_logprobs_equal_transformers(name, tmp_path):
       np.testing.assert_array_equal(x[i, n:], 0)
 
 
-def test_logprobs_of_what_was_sampled():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logprobs_of_what_was_sampled(temperature):
   """Each response is as likely as the distribution that it came from says."""
   model, params = made()
   prompts, lengths = prompts_of()
-  out = run(model, params, prompts, lengths, temperature=1.0)
+  out = run(model, params, prompts, lengths, temperature=temperature)
 
-  logprobs, _ = decode.token_logprobs(model, params, out.tokens, out.length)
+  logprobs, _ = decode.token_logprobs(
+    model, params, out.tokens, out.length, temperature=temperature
+  )
 
   for t in range(6):
     said = [row[: n + t] for row, n in zip(out.tokens, lengths, strict=True)]
     for i, logits in enumerate(next_logits(model, params, said)):
       at = lengths[i] + t
-      expected = scipy.special.log_softmax(logits)[out.tokens[i, at]]
-      np.testing.assert_allclose(logprobs[i, at], expected, atol=1e-5)
+      expected = scipy.special.log_softmax(logits / temperature)
+      said = out.tokens[i, at]
+      np.testing.assert_allclose(logprobs[i, at], expected[said], atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])

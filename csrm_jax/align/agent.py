@@ -106,17 +106,28 @@ def reference(trained: Params, frozen: Params) -> Params:
   return join(unflatten(still), frozen)
 
 
-def make_agent(networks: Networks, *, chunk: int) -> Agent:
+def make_agent(
+  networks: Networks, *, chunk: int, temperature: float = 1.0
+) -> Agent:
   """The functions of an update, over (trained, frozen) leaves.
 
   Args:
     networks: the models.
     chunk: tokens of each row whose logits are held at a time.
+    temperature: that responses are sampled at; the policy is the model's
+      distribution at this temperature, and so is its reference.
   """
 
   def logprobs(trained, frozen, tokens, length):
     params = join(trained, frozen)
-    return token_logprobs(networks.policy, params, tokens, length, chunk=chunk)
+    return token_logprobs(
+      networks.policy,
+      params,
+      tokens,
+      length,
+      chunk=chunk,
+      temperature=temperature,
+    )
 
   def reward_values(trained, frozen, tokens, length):
     params, model = join(trained, frozen), networks.reward_critic

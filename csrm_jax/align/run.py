@@ -67,6 +67,11 @@ def _check(config: Config) -> None:
       raise ValueError(
         f"--config.align.{key}={align[key]}: use one of {', '.join(allowed)}"
       )
+  if not align.temperature > 0:
+    raise ValueError(
+      f"--config.align.temperature={align.temperature}: use one above 0; the"
+      " greedy choice has no gradient"
+    )
   if peers.several():
     raise ValueError(
       "launch/align.py runs in one process, on all devices that it sees; this"

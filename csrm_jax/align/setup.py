@@ -98,7 +98,9 @@ def set_up(
     compliance=compliance,
     monitor=monitor,
     networks=networks,
-    agent=agents.make_agent(networks, chunk=align.logit_tokens),
+    agent=agents.make_agent(
+      networks, chunk=align.logit_tokens, temperature=align.temperature
+    ),
     frozen=frozen,
     mesh=mesh,
     imitated=_imitation(config, tokenizer),
@@ -149,7 +151,6 @@ def respond(
     prompt_length=align.prompt_length,
     response_length=align.response_length,
     temperature=align.temperature,
-    top_p=align.top_p,
     spec=spec,
     rows=align.prompts_per_step * align.samples,
     on_long="cut",

@@ -263,11 +263,12 @@ def token_logprobs(
   length: Int[Array, " b"] | Int[np.ndarray, " b"],
   *,
   chunk: int = 128,
+  temperature: float = 1.0,
 ) -> tuple[Float[Array, "b l"], Float[Array, "b l"]]:
   """log p(token | those before it) and the entropy it was drawn with, nats.
 
-  Both float32, at temperature 1, differentiable; 0 at the first token and at
-  padding, which has no part in any gradient.
+  Both float32, differentiable; 0 at the first token and at padding, which has
+  no part in any gradient.
 
   Args:
     model: with an output embedding (tied, or `keep_lm_head`).
@@ -276,12 +277,15 @@ def token_logprobs(
     length: of the sequences, tokens.
     chunk: tokens of each row whose logits are held at a time; they are
       computed again in the backward pass.
+    temperature: of p, above 0: logits are divided by it.
 
   Raises:
-    ValueError: chunk below 1.
+    ValueError: chunk below 1, or no such temperature.
   """
   if chunk < 1:
     raise ValueError(f"chunk = {chunk}: use 1 token or more")
+  if not temperature > 0:
+    raise ValueError(f"temperature = {temperature}: use one above 0")
   b, many = tokens.shape
   batch = chains(tokens, length)
   real = batch.positions < jnp.asarray(length)[:, None]
@@ -293,7 +297,7 @@ def token_logprobs(
 
   @jax.checkpoint
   def read(x: Array, targets: Array) -> tuple[Array, Array]:
-    logits = model._vocabulary(params, x)
+    logits = model._vocabulary(params, x) / temperature
     mass = jax.nn.logsumexp(logits, axis=-1)
     said = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     weights = jnp.exp(logits - mass[..., None])
