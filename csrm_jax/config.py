@@ -106,6 +106,7 @@ def default() -> Config:
   #                   "reinforce"; see docs/align.md
   a.judge = ""  # folder of the judge that costs come from; "": the shipped one
   a.reward = ""  # folder of the reward model; "": the judge's own helpfulness
+  a.reward_spec = ""  # spec file: its log-odds are the reward, no helpfulness
   a.specs = ""  # spec files joined by ",": the constraints
   a.per_rule = False  # one constraint a rule instead of one a spec
   a.limits = "0.1"  # highest share of violations: one for all, or one each

@@ -13,6 +13,7 @@ import pytest
 import csrm_jax
 from configs import tiny
 from csrm_jax import peers
+from csrm_jax.align import feedback
 from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
@@ -149,6 +150,22 @@ def test_another_recipe_is_refused(whole, judge):
 def test_mistakes_are_named(judge, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
     align(recipe(judge, **changes), tmp_path, reward=length_reward)
+
+
+def test_a_spec_can_be_the_reward(judge):
+  """The log-odds under it, whatever else is asked."""
+  loaded = csrm_jax.load(judge)
+  asked = [
+    [
+      {"role": "user", "content": "A clue for exercise 3?"},
+      {"role": "assistant", "content": text},
+    ]
+    for text in ("Draw it first.", "It is 12.", "")
+  ]
+  found = feedback.reward_of(loaded, spec="specs/study_hall.yaml")(asked)
+  spec = csrm_jax.Spec.read("specs/study_hall.yaml")
+  expected = [s.log_odds for s in csrm_jax.score(loaded, spec, asked)]
+  np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_no_helpfulness_no_reward(judge, tmp_path):

@@ -120,17 +120,26 @@ def observed(
   return chosen
 
 
-def reward_of(model: Judge) -> RewardFunction:
-  """The model's helpfulness, read without any spec.
+def reward_of(model: Judge, *, spec: str = "") -> RewardFunction:
+  """What a response earns: its helpfulness, or how well it keeps to a spec.
+
+  Args:
+    model: of `score.load`.
+    spec: file of rules to earn by, such as to answer what is asked: the reward
+      is the log-odds of complying. "": helpfulness, read without any spec.
 
   Raises:
-    ValueError: it has no trained helpfulness head.
+    ValueError: no spec, and the model has no trained helpfulness head.
   """
+  if spec:
+    cache = SpecCache(model, [Spec.read(spec)])
+    return lambda conversations: cache.scores(conversations).log_odds[:, 0]
   if not model.has_helpfulness:
     raise ValueError(
       f"{model.path}: has no trained helpfulness head, so no reward; name a"
       " model trained on pairs of kind 'help' by --config.align.reward=DIR"
-      " (configs/reward_smollm2.py trains one)"
+      " (configs/reward_smollm2.py trains one), or a spec to earn by with"
+      " --config.align.reward_spec=FILE"
     )
   return SpecCache(model, []).helpfulness
 

@@ -78,7 +78,7 @@ def set_up(
   judge = score.load(align.judge or str(score.SHIPPED))
   rewarder = score.load(align.reward) if align.reward else judge
   if reward is None:
-    reward = feedback.reward_of(rewarder)
+    reward = feedback.reward_of(rewarder, spec=align.reward_spec)
   if compliance is None:
     compliance = feedback.compliance_of(judge, bound)
   monitor = None
