@@ -40,6 +40,11 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
   return tuple(sorted({tokenizer.special(name) for name in names}))
 
 
+def end_id(tokenizer: Tokenizer) -> int:
+  """The token that ends the assistant's turn in the chat format."""
+  return tokenizer.special(_STOPS[tokenizer.style][0])
+
+
 def encode(
   tokenizer: Tokenizer,
   messages: Sequence[Message],
