@@ -127,13 +127,22 @@ def _line(
       continue
     for constraint, x in zip(setup.bound, value, strict=True):
       line[f"{name}/{constraint.name}"] = float(x)
+  line |= seen(setup, sampled, judged)
+  line["loss"] = line["loss_policy"]
+  line["cost"] = float(np.mean(measured["cost"]))
+  return line
+
+
+def seen(
+  setup: Setup, sampled: Rollouts, judged: dict[str, np.ndarray]
+) -> dict[str, float]:
+  """What a log line says of the responses, whatever learns from them."""
+  line: dict[str, float] = {}
   violated = judged["log_odds"] < 0  # NaN is not
   asked = judged["observed"] > 0
   for i, constraint in enumerate(setup.bound):
     count, total = int(violated[:, i].sum()), int(asked[:, i].sum())
     line |= evaluation.rate(f"violation/{constraint.name}", count, total)
-  line["loss"] = line["loss_policy"]
-  line["cost"] = float(np.mean(measured["cost"]))
   line["stopped"] = float(np.mean(sampled.stopped))
   line["reward_deviation"] = float(np.std(judged["rewards"]))
   return line

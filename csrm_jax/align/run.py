@@ -4,20 +4,36 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
-from csrm_jax import checkpoint, peers, storage
-from csrm_jax.align import evaluation, limits, offline, online
+from csrm_jax import checkpoint, peers, sharding, storage
+from csrm_jax.align import agent as agents
+from csrm_jax.align import (
+  distilling,
+  evaluation,
+  limits,
+  offline,
+  online,
+  selecting,
+)
 from csrm_jax.align import setup as setups
 from csrm_jax.align.feedback import ComplianceFunction, RewardFunction
 from csrm_jax.align.ppo import AlignState
 from csrm_jax.align.setup import Setup
 from csrm_jax.config import Config
+from csrm_jax.export import causal
 from csrm_jax.storage import AnyPath
 from csrm_jax.train import workdir as workdirs
 from csrm_jax.types import TrainState
 
-METHODS = (*setups.WITH_CRITICS, *setups.WITHOUT_CRITICS, *setups.PAIRWISE)
+METHODS = (
+  *setups.WITH_CRITICS,
+  *setups.WITHOUT_CRITICS,
+  *setups.PAIRWISE,
+  "best_of_n",
+)
+POLICY = "policy"  # folder of the workdir, for transformers and for more rounds
 State = AlignState | TrainState
 # One update: the state after it, and a line of metrics.jsonl.
 Advance = Callable[[Any, int], tuple[Any, dict[str, float]]]
@@ -40,13 +56,14 @@ def align(
     config: of `config.default()`.
     workdir: a folder, or gs://BUCKET/FOLDER; receives checkpoints/,
       metrics.jsonl, evaluations.jsonl, responses.jsonl, TensorBoard events,
-      config.json, and result.json at the end.
+      config.json, and at the end result.json and policy/, a Hugging Face
+      folder. Method "best_of_n" trains nothing, see `selecting.run`.
     reward: in place of the reward model's helpfulness.
     compliance: in place of the judge's log-odds.
 
   Returns:
-    What result.json holds; without "params_sha256" if SIGTERM ended the run
-    early (state is saved).
+    What result.json (or best_of_n.json) holds; without "params_sha256" if
+    SIGTERM ended the run early (state is saved).
 
   Raises:
     ValueError: a key of `config.align` is wrong; the workdir holds another
@@ -68,6 +85,10 @@ def _check(config: Config) -> None:
       raise ValueError(
         f"--config.align.{key}={align[key]}: use one of {', '.join(allowed)}"
       )
+  if align.method == "distill":
+    distilling.check(config)
+  if align.method == "best_of_n":
+    selecting.check(config)
   if peers.several():
     raise ValueError(
       "launch/align.py runs in one process, on all devices that it sees; this"
@@ -82,6 +103,10 @@ def _align(
   compliance: ComplianceFunction | None,
 ) -> dict[str, Any]:
   setup, params = setups.set_up(config, workdir, reward, compliance)
+  if config.align.method == "best_of_n":
+    storage.write_json(workdir / "config.json", config.to_dict())
+    held = sharding.shardings(params, setup.mesh)
+    return selecting.run(setup, jax.device_put(params, held))
   optimizer = setups.make_optimizers(config)
   with checkpoint.opened(workdir, keep=config.keep_checkpoints) as saved:
     state = setups.start(setup, optimizer, params, saved)
@@ -100,6 +125,12 @@ def _align(
   if stopped:
     print(f"stopped at step {result['step']}; saved, run again to go on")
     return result
+  causal.export_policy(
+    setup.networks.policy,
+    agents.join(state.params["policy"], setup.frozen["policy"]),
+    setup.tokenizer,
+    workdir / POLICY,
+  )
   result["params_sha256"] = checkpoint.params_sha256(state.params)
   storage.write_json(workdir / "result.json", result)
   return result
@@ -108,7 +139,9 @@ def _align(
 def _prepare(setup: Setup, optimizer: Any, state: State) -> Advance:
   if isinstance(state, AlignState):
     return online.prepare(setup, optimizer, state)
-  return offline.prepare(setup, optimizer, state)
+  if setup.config.align.method in setups.OFFLINE:
+    return offline.prepare(setup, optimizer, state)
+  return distilling.prepare(setup, optimizer, state)
 
 
 def _run(
