@@ -5,6 +5,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from csrm_jax.align.run import align as align
   from csrm_jax.eval.run import evaluate as evaluate
   from csrm_jax.export.huggingface import export as export
   from csrm_jax.score import load as load
@@ -20,9 +21,10 @@ _HOMES = {
   "fit": "csrm_jax.train.loop",
   "evaluate": "csrm_jax.eval.run",
   "export": "csrm_jax.export.huggingface",
+  "align": "csrm_jax.align",
 }
 
-__all__ = ["Spec", "evaluate", "export", "fit", "load", "score"]
+__all__ = ["Spec", "align", "evaluate", "export", "fit", "load", "score"]
 
 
 class CallableModule(types.ModuleType):
