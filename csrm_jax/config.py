@@ -146,6 +146,11 @@ def default() -> Config:
   a.monitor = ""  # folder of a judge that takes no part, asked beside
   a.evaluate_every = 10  # steps; held-out prompts, at the end too; 0: never
   a.evaluate_prompts = 32
+  a.rounds = 1  # runs, each from the policy of the one before
+  a.refit = ""  # between them: config file by which the judge is trained on
+  #               what the policy said; "": the judge stays
+  a.labeller = ""  # folder of the judge that labels it; "": the round's judge
+  a.relabel_prompts = 64  # whose responses are labelled
   a.multiplier = u = ConfigDict()
   u.start = 1.0  # lambda before the first step, of each constraint
   u.lr = 0.1  # of log lambda
