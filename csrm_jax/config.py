@@ -103,7 +103,8 @@ def default() -> Config:
 
   c.align = a = ConfigDict()  # of launch/align.py; `model` is the policy
   a.method = "ppo"  # "ppo" | "shaping" | "plain" | "grpo" | "rloo" |
-  #                   "reinforce"; see docs/align.md
+  #                   "reinforce" | "dpo" | "ipo" | "distill" | "best_of_n";
+  #                   see docs/align.md
   a.judge = ""  # folder of the judge that costs come from; "": the shipped one
   a.reward = ""  # folder of the reward model; "": the judge's own helpfulness
   a.reward_spec = ""  # spec file: its log-odds are the reward, no helpfulness
@@ -131,6 +132,13 @@ def default() -> Config:
   a.score_clip = 50.0  # of rewards and costs, KL included
   a.whiten = True  # the mixed advantage
   a.shaping = 1.0  # weight nu of the summed costs, method "shaping"
+  a.pairs = ""  # JSON lines of pair rows, methods "dpo" and "ipo"
+  a.pairs_per_step = 8  # of that file
+  a.beta = 0.1  # reward per nat of log-ratio: "dpo", "ipo", "distill"
+  a.label_smoothing = 0.0  # share of pairs that stand the wrong way, "dpo"
+  a.top = 5  # best samples of a prompt that make pairs, method "distill"
+  a.bottom = 5  # worst ones
+  a.contrasts = 1  # pairs drawn from them, of each prompt
   a.critic_lr = 1e-3
   a.logit_tokens = 32  # of each response, whose logits are held at a time
   a.ptx = ""  # JSON lines of messages whose responses are imitated beside
@@ -139,6 +147,11 @@ def default() -> Config:
   a.monitor = ""  # folder of a judge that takes no part, asked beside
   a.evaluate_every = 10  # steps; held-out prompts, at the end too; 0: never
   a.evaluate_prompts = 32
+  a.rounds = 1  # runs, each from the policy of the one before
+  a.refit = ""  # between them: config file by which the judge is trained on
+  #               what the policy said; "": the judge stays
+  a.labeller = ""  # folder of the judge that labels it; "": the round's judge
+  a.relabel_prompts = 64  # whose responses are labelled
   a.multiplier = u = ConfigDict()
   u.start = 1.0  # lambda before the first step, of each constraint
   u.lr = 0.1  # of log lambda

@@ -18,9 +18,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Receives all that a run makes")
 def main(_):
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file
   with errors.told():
-    from csrm_jax.align.run import align
+    from csrm_jax.align import rounds, run
 
-    result = align(_CONFIG.value, str(_WORKDIR.value))
+    config = _CONFIG.value
+    start = rounds.align_rounds if config.align.rounds != 1 else run.align
+    result = start(config, str(_WORKDIR.value))
     for name, value in result.items():
       print(f"{name}: {value}")
 

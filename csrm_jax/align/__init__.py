@@ -7,10 +7,10 @@ from csrm_jax import CallableModule
 
 
 def align(*args: Any, **kwargs: Any) -> dict[str, Any]:
-  """`run.align`: aligns a policy, see there."""
-  from csrm_jax.align import run  # not at import: the losses need no models
+  """See `csrm_jax.align.run.align`."""
+  from csrm_jax.align import run
 
   return run.align(*args, **kwargs)
 
 
-sys.modules[__name__].__class__ = CallableModule  # `csrm_jax.align(...)`
+sys.modules[__name__].__class__ = CallableModule  # `csrm.align(...)`

@@ -8,9 +8,9 @@ import numpy as np
 
 from csrm_jax import metrics, storage
 from csrm_jax.align import setup as setups
-from csrm_jax.align.ppo import AlignState
 from csrm_jax.align.setup import Setup
 from csrm_jax.storage import AnyPath
+from csrm_jax.types import Params
 
 EVALUATIONS = "evaluations.jsonl"
 RESPONSES = "responses.jsonl"
@@ -28,12 +28,12 @@ def rate(name: str, count: int, total: int) -> dict[str, float]:
   }
 
 
-def evaluate(setup: Setup, state: AlignState, *, step: int) -> dict[str, Any]:
+def evaluate(setup: Setup, trained: Params, *, step: int) -> dict[str, Any]:
   """Answers held-out prompts and appends what judges say to the workdir.
 
   Every constraint is judged on every response, by the judge that costs come
   from and by the monitor, if there is one. The same prompts, and the same
-  randomness, at every step.
+  randomness, at every step. Without a reward model there is no reward.
 
   Returns:
     The line of evaluations.jsonl.
@@ -41,21 +41,24 @@ def evaluate(setup: Setup, state: AlignState, *, step: int) -> dict[str, Any]:
   align = setup.config.align
   asked = setup.heldout[: align.evaluate_prompts]
   key = jax.random.key(setup.config.seed + 2)
-  sampled = setups.respond(setup, state, asked, samples=1, key=key)
+  sampled = setups.respond(setup, trained, asked, samples=1, key=key)
   n, k = len(sampled.messages), len(setup.bound)
   every = np.ones((n, k), bool)
-  rewards = np.asarray(setup.reward(sampled.messages), np.float32)
+  rewards = None
+  if setup.reward is not None:
+    rewards = np.asarray(setup.reward(sampled.messages), np.float32)
   judged = {"": setup.compliance(sampled.messages, every)}
   if setup.monitor is not None:
     judged["monitor_"] = setup.monitor(sampled.messages, every)
   line: dict[str, Any] = {
     "step": step,
     "responses": n,
-    "reward": float(np.mean(rewards)),
-    "reward_deviation": float(np.std(rewards)),
     "length": float(np.mean(np.sum(sampled.mask, axis=1))),
     "stopped": float(np.mean(sampled.stopped)),
   }
+  if rewards is not None:
+    line["reward"] = float(np.mean(rewards))
+    line["reward_deviation"] = float(np.std(rewards))
   for prefix, log_odds in judged.items():
     for i, constraint in enumerate(setup.bound):
       count = int(np.sum(log_odds[:, i] < 0))
@@ -66,7 +69,7 @@ def evaluate(setup: Setup, state: AlignState, *, step: int) -> dict[str, Any]:
       "step": step,
       "id": i,
       "messages": list(messages),
-      "reward": float(rewards[i]),
+      **({} if rewards is None else {"reward": float(rewards[i])}),
       **{
         f"{prefix}log_odds": dict(
           zip(names, map(float, log_odds[i]), strict=True)

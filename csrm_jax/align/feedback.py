@@ -145,9 +145,14 @@ def reward_of(model: Judge, *, spec: str = "") -> RewardFunction:
 
 
 def compliance_of(
-  judge: Judge, bound: Sequence[Constraint]
+  judge: Judge | None, bound: Sequence[Constraint]
 ) -> ComplianceFunction:
-  """The judge's calibrated log-odds, with the specs' prefixes kept."""
+  """The judge's calibrated log-odds, with the specs' prefixes kept.
+
+  Without constraints there is nothing to ask, and no judge is needed.
+  """
+  if judge is None or not bound:
+    return lambda conversations, asked: np.zeros(asked.shape, np.float32)
   cache = SpecCache(judge, [c.spec for c in bound])
 
   def compliance(

@@ -1,12 +1,12 @@
 """Supervised rows beside the policy gradient: the ptx loss of InstructGPT."""
 
-import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from csrm_jax.align import order
 from csrm_jax.data import contract, prompt
 from csrm_jax.data.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def read(source: str, tokenizer: Tokenizer, *, room: int) -> Rows:
     ValueError: file, line, field and remedy; or no row fits.
   """
   path = Path(source)
-  stop = prompt.stop_ids(tokenizer)[0]
+  stop = prompt.end_id(tokenizer)
   kept: list[tuple[list[int], int]] = []
   longer = 0
   for number, raw in contract.raw_lines(path):
@@ -71,10 +71,5 @@ def batch(
   Every row comes once before any comes twice.
   """
   n = len(rows.length)
-  chosen = []
-  for i in range(step * count, (step + 1) * count):
-    epoch, at = divmod(i, n)
-    order = list(range(n))
-    random.Random(f"imitation/{seed}/{epoch}").shuffle(order)
-    chosen.append(order[at])
+  chosen = order.turn(n, name="imitation", seed=seed, step=step, count=count)
   return rows.tokens[chosen], rows.length[chosen], rows.mask[chosen]

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from csrm_jax.align import order
 from csrm_jax.data import contract
 from csrm_jax.data.domains import HELD_BACK, SLOT, Domain, world
 from csrm_jax.data.template import Message
@@ -107,10 +108,6 @@ def batch(
 
   Every prompt comes once before any comes twice.
   """
-  chosen = []
-  for i in range(step * count, (step + 1) * count):
-    epoch, at = divmod(i, len(prompts))
-    order = list(range(len(prompts)))
-    random.Random(f"prompts/{seed}/{epoch}").shuffle(order)
-    chosen.append(prompts[order[at]])
-  return chosen
+  n = len(prompts)
+  chosen = order.turn(n, name="prompts", seed=seed, step=step, count=count)
+  return [prompts[i] for i in chosen]

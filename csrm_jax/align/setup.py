@@ -19,6 +19,7 @@ from csrm_jax.align import (
   imitation,
   lagrange,
   limits,
+  pairwise,
   ppo,
   prompts,
   rollout,
@@ -36,15 +37,22 @@ from csrm_jax.model import reward as reward_models
 from csrm_jax.storage import AnyPath
 from csrm_jax.train import loop
 from csrm_jax.train import optimizer as optimizers
-from csrm_jax.types import Params
+from csrm_jax.types import Params, TrainState
 
+WITH_CRITICS = ("ppo", "shaping", "plain")
 WITHOUT_CRITICS = ("grpo", "rloo", "reinforce")
+OFFLINE = ("dpo", "ipo")  # on given pairs
+PAIRWISE = (*OFFLINE, "distill")  # one update on pairs a step, no multipliers
 # (tokens [x l], length [x], mask of what to imitate [x l]) of a step.
 Imitation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Setup(NamedTuple):
-  """What stays the same through a run."""
+  """What stays the same through a run.
+
+  Offline methods may do without specs, and then without prompts; without a
+  reward model, without reward.
+  """
 
   config: Config
   workdir: AnyPath
@@ -52,7 +60,7 @@ class Setup(NamedTuple):
   bound: list[Constraint]
   train: list[prompts.Prompt]
   heldout: list[prompts.Prompt]
-  reward: RewardFunction
+  reward: RewardFunction | None
   compliance: ComplianceFunction
   monitor: ComplianceFunction | None
   networks: agents.Networks
@@ -70,21 +78,36 @@ def set_up(
 ) -> tuple[Setup, Params]:
   """All but the state, and the trained leaves that it starts from."""
   align = config.align
-  bound = feedback.constraints(config)
-  train, heldout = prompts.read(align.prompts, heldout=align.heldout)
+  offline = align.method in OFFLINE
+  optional = offline and not align.specs
+  bound = [] if optional else feedback.constraints(config)
+  train: list[prompts.Prompt] = []
+  heldout: list[prompts.Prompt] = []
+  if bound or align.reward or reward is not None:
+    train, heldout = prompts.read(align.prompts, heldout=align.heldout)
   tokenizer = loop.load_tokenizer(config)
   mesh = sharding.make_mesh(**config.mesh)
-  sharding.check_rows(align.prompts_per_step * align.samples, 1, mesh)
-  judge = score.load(align.judge or str(score.SHIPPED))
+  rows = align.prompts_per_step * align.samples
+  sharding.check_rows(align.pairs_per_step if offline else rows, 1, mesh)
+  judge = score.load(align.judge or str(score.SHIPPED)) if bound else None
   rewarder = score.load(align.reward) if align.reward else judge
-  if reward is None:
-    reward = feedback.reward_of(rewarder, spec=align.reward_spec)
+  if reward is None and rewarder is not None:
+    needed = not offline and align.method != "best_of_n"
+    if needed or align.reward or align.reward_spec or rewarder.has_helpfulness:
+      reward = feedback.reward_of(rewarder, spec=align.reward_spec)
   if compliance is None:
     compliance = feedback.compliance_of(judge, bound)
   monitor = None
   if align.monitor:
     monitor = feedback.compliance_of(score.load(align.monitor), bound)
-  networks, params = _models(config, tokenizer, rewarder, judge, len(bound))
+  policy, load_policy = _policy(config, tokenizer)
+  networks = agents.Networks(policy)
+  params = {
+    "policy": load_policy(jax.random.split(jax.random.key(config.seed), 3)[0])
+  }
+  if align.method in WITH_CRITICS and judge and rewarder:
+    critics, started = _critics(config, policy, rewarder, judge, len(bound))
+    networks, params = networks._replace(**critics), params | started
   trained, frozen = agents.split(networks, params)
   frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
   setup = Setup(
@@ -130,20 +153,20 @@ def _imitation(config: Config, tokenizer: Tokenizer) -> Imitation | None:
 
 def respond(
   setup: Setup,
-  state: AlignState,
+  trained: Params,
   asked: Sequence[prompts.Prompt],
   *,
   samples: int,
   key: jax.Array,
 ) -> Rollouts:
-  """Responses of the policy of `state`, in batches of one shape."""
+  """Responses of the policy of these trained leaves, in one shape."""
   align = setup.config.align
   spec = None
   if align.policy_reads_spec:
     spec = "\n".join(c.spec.render() for c in setup.bound)
   return rollout.sample(
     setup.networks.policy,
-    agents.join(state.params["policy"], setup.frozen["policy"]),
+    agents.join(trained["policy"], setup.frozen["policy"]),
     setup.tokenizer,
     asked,
     key=key,
@@ -158,23 +181,27 @@ def respond(
   )
 
 
-def _models(
+def _policy(
+  config: Config, tokenizer: Tokenizer
+) -> tuple[reward_models.RewardModel, reward_models.LoadParams]:
+  align = config.align
+  return reward_models.make(
+    config.model,
+    vocab_size=tokenizer.vocab_size,
+    row_length=align.prompt_length + align.response_length,
+    language_model=True,
+  )
+
+
+def _critics(
   config: Config,
-  tokenizer: Tokenizer,
+  policy: reward_models.RewardModel,
   rewarder: score.Judge,
   judge: score.Judge,
   k: int,
-) -> tuple[agents.Networks, Params]:
-  """Policy and critics of k constraints, with their first parameters."""
+) -> tuple[dict[str, Any], Params]:
+  """Critics of the reward and of k constraints, their first parameters."""
   keys = jax.random.split(jax.random.key(config.seed), 3)
-  policy, load_params = reward_models.make(
-    config.model,
-    vocab_size=tokenizer.vocab_size,
-    row_length=config.align.prompt_length + config.align.response_length,
-    language_model=True,
-  )
-  if config.align.method in WITHOUT_CRITICS:
-    return agents.Networks(policy), {"policy": load_params(keys[0])}
   choices = {
     "lora_rank": config.model.lora_rank,
     "lora_alpha": config.model.lora_alpha,
@@ -200,22 +227,20 @@ def _models(
     bias=jnp.full(k, 0.5 if rate else 0.0, jnp.float32),
     **choices,
   )
-  params = {
-    "policy": load_params(keys[0]),
-    "reward_critic": reward_params,
-    "cost_critic": cost_params,
-  }
-  return agents.Networks(policy, reward_critic, cost_critic), params
+  critics = {"reward_critic": reward_critic, "cost_critic": cost_critic}
+  return critics, {"reward_critic": reward_params, "cost_critic": cost_params}
 
 
 def make_optimizers(config: Config):
   """AdamW for each model; critics have their own rate and train their head."""
   align = config.align
-  steps = config.steps * align.epochs * align.minibatches
+  steps = config.steps
+  if align.method not in PAIRWISE:
+    steps *= align.epochs * align.minibatches
   own = dict(config.optimizer)
   critic = own | {"lr": align.critic_lr, "head_lr": 1.0}
   names = ppo.MODELS
-  if align.method in WITHOUT_CRITICS:
+  if align.method not in WITH_CRITICS:
     names = names[:1]
   return {
     name: optimizers.make_optimizer(
@@ -229,7 +254,9 @@ def _multiplier_optimizer(config: Config) -> optax.GradientTransformation:
   return optax.sgd(config.align.multiplier.lr)
 
 
-def start(setup: Setup, optimizer, params: Params, saved) -> AlignState:
+def start(
+  setup: Setup, optimizer, params: Params, saved
+) -> AlignState | TrainState:
   """The newest checkpoint, or the state before the first update."""
   config, mesh = setup.config, setup.mesh
   fresh = functools.partial(
@@ -248,7 +275,11 @@ def start(setup: Setup, optimizer, params: Params, saved) -> AlignState:
   return jax.jit(fresh, out_shardings=held)(params)
 
 
-def _fresh(params: Params, *, config: Config, optimizer, k: int) -> AlignState:
+def _fresh(
+  params: Params, *, config: Config, optimizer, k: int
+) -> AlignState | TrainState:
+  if config.align.method in PAIRWISE:
+    return pairwise.init_state(params, optimizer)
   chosen = config.align.multiplier
   multiplier = lagrange.init(
     k,

@@ -6,6 +6,7 @@ for, also where the backbone's own Jinja template would add one.
 """
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 
 from csrm_jax.data import template
@@ -38,6 +39,11 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
   if eos in tokenizer.added:
     names.append(eos)
   return tuple(sorted({tokenizer.special(name) for name in names}))
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+  """The token that ends the assistant's turn in the chat format."""
+  return tokenizer.special(_STOPS[tokenizer.style][0])
 
 
 def encode(
@@ -121,4 +127,71 @@ def fit_to(
     max_tokens,
     encoder=functools.partial(encode, tokenizer),
     spared="last message",
+  )
+
+
+def jinja(tokenizer: Tokenizer) -> str:
+  """The same prompt as a chat template of transformers; `spec=` may be given.
+
+  Ids equal those of `encode` with `apply_chat_template(messages,
+  add_generation_prompt=True, tokenize=True, sanitize_control_tokens=True)`.
+  Without a generation prompt the conversation is written to its end.
+  """
+  form = _FORMATS[tokenizer.style]
+  begin = "{{- " + json.dumps(form.begin) + " -}}\n" if form.begin else ""
+  roles = json.dumps(template.ROLES).replace("[", "(").replace("]", ")")
+  turn = template.jinja_turn
+  policy = json.dumps(POLICY + "\n") + " ~ spec"
+  gap = json.dumps("\n\n")
+  text = "message['content']"
+  lone, first = "", ""
+  if tokenizer.style == "mistral":
+    lone = (
+      "{%- if ns.system and not rest -%}\n"
+      + turn(form.turn, "'user'", "ns.system")
+      + "\n{%- endif -%}\n"
+    )
+    text = (
+      f"((ns.system ~ {gap} ~ {text}) if ns.system and loop.index0 == ns.at"
+      f" else {text})"
+    )
+    first = (
+      "{%- for message in rest -%}{%- if message['role'] != 'assistant' -%}"
+      "{%- set ns.at = loop.index0 -%}{%- endif -%}{%- endfor -%}\n"
+    )
+  else:
+    lone = (
+      "{%- if ns.system -%}\n"
+      + turn(form.turn, "'system'", "ns.system")
+      + "\n{%- endif -%}\n"
+    )
+  return (
+    "{%- set ns = namespace(system='', at=0) -%}\n"
+    "{%- set rest = messages -%}\n"
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set ns.system = messages[0]['content'] -%}"
+    "{%- set rest = messages[1:] -%}{%- endif -%}\n"
+    "{%- if spec is defined and spec is not none -%}"
+    "{%- if spec is not string or spec | trim == '' -%}"
+    "{{- raise_exception('spec= is empty; give the text of a spec, or leave it"
+    " out') -}}{%- endif -%}"
+    f"{{%- set ns.system = (ns.system ~ {gap} ~ {policy}) if ns.system else"
+    f" ({policy}) -%}}{{%- endif -%}}\n"
+    f"{begin}{first}{lone}"
+    "{%- for message in rest -%}\n"
+    f"{{%- if message['role'] not in {roles} or message['content'] is not"
+    " string -%}{{- raise_exception('each message needs a role (system, user,"
+    " assistant, tool) and a text as content') -}}{%- endif -%}\n"
+    "{%- if message['role'] == 'assistant' -%}\n"
+    f"{turn(form.answer, 'message[' + repr('role') + ']', text)}\n"
+    "{%- else -%}\n"
+    f"{turn(form.turn, 'message[' + repr('role') + ']', text)}\n"
+    "{%- endif -%}\n"
+    "{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}\n"
+    "{%- if rest and rest[-1]['role'] == 'assistant' -%}"
+    "{{- raise_exception('the last message is the assistant\\'s: nothing to"
+    " answer') -}}{%- endif -%}\n"
+    "{{- " + json.dumps(form.cue) + " -}}\n"
+    "{%- endif -%}"
   )

@@ -364,18 +364,7 @@ def jinja(tokenizer: Tokenizer, *, helpfulness: bool = False) -> str:
   tokenize=True, sanitize_control_tokens=True)`; without the last flag a typed
   control token is parsed.
   """
-  form = FORMATS[tokenizer.style]
-
-  def turn(template: str, role: str, text: str) -> str:
-    head, tail = template.split("{text}")
-    parts = [text, json.dumps(tail)]
-    before, *after = head.split("{role}")
-    if after:
-      parts = [json.dumps(before), role, json.dumps(after[0]), *parts]
-    elif before:
-      parts = [json.dumps(before), *parts]
-    return "{{- " + " ~ ".join(part for part in parts if part != '""') + " -}}"
-
+  form, turn = FORMATS[tokenizer.style], jinja_turn
   policy = json.dumps(HELPFULNESS)
   guard = ""
   if not helpfulness:
@@ -405,3 +394,15 @@ def jinja(tokenizer: Tokenizer, *, helpfulness: bool = False) -> str:
     "{%- endfor -%}\n"
     "{{- " + json.dumps(form.cue) + " -}}"
   )
+
+
+def jinja_turn(template: str, role: str, text: str) -> str:
+  """A turn of a format in Jinja, of expressions for its role and its text."""
+  head, tail = template.split("{text}")
+  parts = [text, json.dumps(tail)]
+  before, *after = head.split("{role}")
+  if after:
+    parts = [json.dumps(before), role, json.dumps(after[0]), *parts]
+  elif before:
+    parts = [json.dumps(before), *parts]
+  return "{{- " + " ~ ".join(part for part in parts if part != '""') + " -}}"

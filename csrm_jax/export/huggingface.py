@@ -6,7 +6,7 @@ its name, it is loaded again and must score fixed rows as the judge does.
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,8 @@ def export(
   facts = recipes.here(model)
   row = head_row(judge, head)
   with storage.naming(output), storage.writing(output) as partial:
-    _write_weights(partial, judge, row)
+    params = lora.merge(judge.params, judge.model.lora_alpha)
+    write_weights(partial, _tensors(params, judge, row))
     config = _config(judge, head)
     write_json(partial / "config.json", config)
     write_tokenizer(partial, judge, head)
@@ -176,11 +177,10 @@ def _tensors(
   yield names.SCORE, np.ascontiguousarray(row[None], np.float32)
 
 
-def _write_weights(
-  folder: Path, judge: Judge, row: Float[np.ndarray, " d"]
+def write_weights(
+  folder: Path, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
   """model.safetensors; in shards with an index if larger than `_SHARD`."""
-  params = lora.merge(judge.params, judge.model.lora_alpha)
   shards: list[list[str]] = []
   held: dict[str, np.ndarray] = {}
   total = size = 0
@@ -192,7 +192,7 @@ def _write_weights(
     shards.append(list(held))
     held.clear()
 
-  for name, tensor in _tensors(params, judge, row):
+  for name, tensor in tensors:
     if held and size + tensor.nbytes > _SHARD:
       flush()
       size = 0
