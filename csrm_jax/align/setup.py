@@ -262,6 +262,7 @@ def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
   """Keywords of `ppo.update` that the configuration gives."""
   align, chosen = config.align, config.align.multiplier
   rates = jnp.asarray([c.limit for c in bound], jnp.float32)
+  drawn = align.judged if 0 < align.judged < len(bound) else len(bound)
   aim = functools.partial(
     ppo.targets,
     kl_coefficient=align.kl,
@@ -269,6 +270,7 @@ def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
     gae_lambda=align.gae_lambda,
     score_clip=align.score_clip,
     whiten=align.whiten,
+    judged=drawn / len(bound),
   )
   if align.method in WITHOUT_CRITICS:
     aim = functools.partial(
