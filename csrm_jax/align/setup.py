@@ -174,30 +174,24 @@ def _models(
   )
   if config.align.method in WITHOUT_CRITICS:
     return agents.Networks(policy), {"policy": load_params(keys[0])}
-  choices = {
-    "lora_rank": config.model.lora_rank,
-    "lora_alpha": config.model.lora_alpha,
-    "train_layers": config.model.train_layers,
-    "remat": config.model.remat,
-    "dtype": policy.dtype,
-    "attention": policy.attention,
-  }
-  reward_critic, reward_params = agents.critic(
-    rewarder,
+  reward_critic = agents.critic_model(rewarder.model, policy)
+  reward_params = agents.critic(
+    reward_critic,
+    rewarder.params,
     keys[1],
     rows=rewarder.params["head"]["kernel"][1:],
     bias=jnp.zeros(1, jnp.float32),
-    **choices,
   )
   cost_row = -judge.params["head"]["kernel"][:1] / judge.temperature
   rate = config.align.cost == "rate"
-  cost_critic, cost_params = agents.critic(
-    judge,
+  cost_critic = agents.critic_model(judge.model, policy)
+  cost_params = agents.critic(
+    cost_critic,
+    judge.params,
     keys[2],
     # sigmoid(c) is c / 4 + 1/2 near 0: so a rate starts from its logit.
     rows=jnp.tile(cost_row / 4 if rate else cost_row, (k, 1)),
     bias=jnp.full(k, 0.5 if rate else 0.0, jnp.float32),
-    **choices,
   )
   params = {
     "policy": load_params(keys[0]),
@@ -232,7 +226,7 @@ def start(setup: Setup, optimizer, params: Params, saved) -> AlignState:
   """The newest checkpoint, or the state before the first update."""
   config, mesh = setup.config, setup.mesh
   fresh = functools.partial(
-    _fresh, config=config, optimizer=optimizer, k=len(setup.bound)
+    first_state, config=config, optimizer=optimizer, k=len(setup.bound)
   )
   shape = jax.eval_shape(fresh, params)
   held = sharding.shardings(shape, mesh)
@@ -247,7 +241,10 @@ def start(setup: Setup, optimizer, params: Params, saved) -> AlignState:
   return jax.jit(fresh, out_shardings=held)(params)
 
 
-def _fresh(params: Params, *, config: Config, optimizer, k: int) -> AlignState:
+def first_state(
+  params: Params, *, config: Config, optimizer: Any, k: int
+) -> AlignState:
+  """The state before the first update, of trained leaves and k constraints."""
   chosen = config.align.multiplier
   multiplier = lagrange.init(
     k,
