@@ -46,6 +46,7 @@ RECIPES = {
   "csrm_qwen3_4b": _V5E,
   "csrm_llama3_8b": _V5P,
   "csrm_llama3_70b": _V5P,
+  "ppo_lag_llama3_8b": {64: _V5P[64]},
 }
 
 
@@ -57,11 +58,15 @@ def arguments(recipe: str, chips: int) -> list[str]:
   place = RECIPES[recipe][chips]
   shards = chips // config.mesh.tensor
   fsdp = min(shards // place.slices, MOST_SHARDS)
+  rows = f"--config.batch_rows={config.batch_rows * chips // own}"
+  if config.align.specs:
+    prompts = config.align.prompts_per_step * chips // own
+    rows = f"--program=ppo --config.align.prompts_per_step={prompts}"
   return [
     f"--config={path}",
     f"--topology={place.topology}",
     f"--slices={place.slices}",
-    f"--config.batch_rows={config.batch_rows * chips // own}",
+    *rows.split(),
     f"--config.mesh.replica={shards // fsdp}",
     f"--config.mesh.fsdp={fsdp}",
   ]
@@ -129,7 +134,8 @@ def main() -> None:
   args.output.mkdir(parents=True, exist_ok=True)
   for recipe in [] if args.table else args.recipes.split(","):
     for chips in map(int, args.chips.split(",")):
-      if (args.output / f"{recipe}-{chips}.json").exists():
+      done = (args.output / f"{recipe}-{chips}.json").exists()
+      if done or chips not in RECIPES[recipe]:
         continue
       found = measure(recipe, chips, args.output.absolute())
       print(recipe, chips, "fits" if found["fits"] else found.get("why"))

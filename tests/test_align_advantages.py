@@ -116,6 +116,23 @@ def test_kl_nets_to_minus_beta_for_every_lambda(lam):
   np.testing.assert_allclose(mixed, -beta * kl * mask, rtol=2e-6, atol=1e-9)
 
 
+def test_drawn_constraints_mix_to_all_of_them_on_average():
+  """Over the three equally likely draws of one constraint out of three."""
+  rng, mask, _ = random_rows(1)
+  n, k = len(mask), 3
+  reward = jnp.asarray(rng.normal(size=mask.shape), jnp.float32)
+  costs = jnp.asarray(rng.normal(size=(*mask.shape, k)), jnp.float32)
+  lam = jnp.array([0.1, 4.0, 1.0])
+  drawn = [
+    advantages.mix(
+      reward, costs, lam, observed=jnp.tile(one, (n, 1)), judged=1 / k
+    )
+    for one in jnp.eye(k)
+  ]
+  expected = advantages.mix(reward, costs, lam)
+  np.testing.assert_allclose(sum(drawn) / k, expected, rtol=1e-5, atol=1e-6)
+
+
 # -------------------------------------------------------------- references
 
 

@@ -2,11 +2,13 @@
 
 A problem is a choice of `steps` tokens out of `actions`, with a reward and k
 costs of the whole sequence: a bandit with one step, a sequence with three.
-Policy and critics are tables over prefixes. The optimum of the KL-regularised
-problem comes from `solve`, which enumerates all sequences in float64 and shares
-no code with the package.
+Policy and critics are tables over prefixes, and what learns is `ppo.update`,
+as in launch/align.py. The optimum of the KL-regularised problem comes from
+`solve`, which enumerates all sequences in float64 and shares no code with the
+package.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import optax
 import pytest
 from scipy.optimize import brentq
 
-from csrm_jax.align import advantages, lagrange, losses
+from csrm_jax.align import lagrange, ppo
 
 BETA = 0.1  # reward per nat of KL
 EPISODES, WINDOW = 256, 1024
@@ -129,123 +131,133 @@ def solve(problem: Problem, limits: np.ndarray) -> tuple[np.ndarray, ...]:
 # ------------------------------------------------------------------ the loop
 
 
-class Agent(NamedTuple):
-  tables: Any  # policy [prefixes actions], value [prefixes], cost [prefixes k]
-  opt_state: optax.OptState
-  multiplier: lagrange.Multiplier
-
-
-def optimizer(updates: int) -> optax.GradientTransformation:
-  """Adam; the policy's rate falls so that its noise does, too."""
-  return optax.multi_transform(
-    {
-      "policy": optax.adam(optax.cosine_decay_schedule(0.03, 2 * updates, 0.1)),
-      "value": optax.adam(0.03),
-      "cost": optax.adam(0.03),
-    },
-    {"policy": "policy", "value": "value", "cost": "cost"},
-  )
-
-
-def start(problem: Problem, updates: int) -> Agent:
-  k, rows = problem.costs.shape[1], len(problem.ref)
-  tables = {
-    "policy": jnp.asarray(problem.ref, jnp.float32),
-    "value": jnp.zeros(rows),
-    "cost": jnp.zeros((rows, k)),
-  }
-  return Agent(
-    tables,
-    optimizer(updates).init(tables),
-    lagrange.init(k, window=WINDOW, optimizer=DUAL),
-  )
-
-
-def rollout(problem: Problem, policy: jax.Array, key: jax.Array):
-  """(prefix rows [n t], tokens [n t], number of the sequence [n])."""
-  number, offset, rows, chosen = jnp.zeros(EPISODES, int), 0, [], []
-  v = problem.ref.shape[1]
-  for i, at in enumerate(jax.random.split(key, problem.steps)):
+def rows_of(chosen: jax.Array, actions: int) -> jax.Array:
+  """[n t]: the row of the tables in which each token was chosen."""
+  number, offset, rows = jnp.zeros(len(chosen), jnp.int32), 0, []
+  for i in range(chosen.shape[1]):
     rows.append(offset + number)
-    chosen.append(jax.random.categorical(at, policy[rows[-1]]))
-    number = number * v + chosen[-1]
-    offset += v**i
-  return jnp.stack(rows, 1), jnp.stack(chosen, 1), number
+    number = number * actions + chosen[:, i]
+    offset += actions**i
+  return jnp.stack(rows, 1)
 
 
-def ppo_update(problem, updates, agent, key, limits):
-  """One update, pure: rollout, multipliers, advantages, two gradient steps."""
-  rows, chosen, number = rollout(problem, agent.tables["policy"], key)
-  reward = jnp.asarray(problem.reward, jnp.float32)[number]
+def tabular(actions: int) -> ppo.Agent:
+  """Policy and critics as tables: every prefix has a row of its own."""
+
+  def logprobs(trained, frozen, chosen, length):
+    del frozen, length
+    table = jax.nn.log_softmax(trained["table"])
+    each = table[rows_of(chosen, actions)]  # [n t actions]
+    # A prompt that never comes has -inf, and no share in the entropy.
+    spread = jnp.where(jnp.isfinite(each), jnp.exp(each) * each, 0.0)
+    said = jnp.take_along_axis(each, chosen[..., None], -1)[..., 0]
+    return said, -spread.sum(-1)
+
+  def values(trained, frozen, chosen, length):
+    del frozen, length
+    return trained["table"][rows_of(chosen, actions)]
+
+  return ppo.Agent(logprobs, values, values)
+
+
+def optimizers(updates: int) -> dict[str, optax.GradientTransformation]:
+  """Adam; the policy's rate falls so that its noise does, too."""
+  falling = optax.cosine_decay_schedule(0.03, 2 * updates, 0.1)
+  rates = {"policy": falling, "reward_critic": 0.03, "cost_critic": 0.03}
+  return {name: optax.adam(rates[name]) for name in ppo.MODELS}
+
+
+def start(problem: Problem, updates: int) -> ppo.AlignState:
+  k, rows = problem.costs.shape[1], len(problem.ref)
+  params = {
+    "policy": {"table": jnp.asarray(problem.ref, jnp.float32)},
+    "reward_critic": {"table": jnp.zeros(rows)},
+    "cost_critic": {"table": jnp.zeros((rows, k))},
+  }
+  multiplier = lagrange.init(k, window=WINDOW, optimizer=DUAL)
+  return ppo.init_state(params, optimizers(updates), multiplier)
+
+
+def rollout(
+  problem: Problem,
+  agent: ppo.Agent,
+  params: Any,
+  key: jax.Array,
+  judged: float,
+) -> ppo.Episodes:
+  """What the policy says, what that earns and costs, what the critics think.
+
+  `judged` below 1: one constraint of k judges each sequence, drawn anew.
+  """
+  v, t = problem.ref.shape[1], problem.steps
+  chosen = jnp.zeros((EPISODES, t), jnp.int32)
+  for i, at in enumerate(jax.random.split(key, t)):
+    logits = params["policy"]["table"][rows_of(chosen, v)[:, i]]
+    chosen = chosen.at[:, i].set(jax.random.categorical(at, logits))
+  number = (chosen * v ** jnp.arange(t)[::-1]).sum(1)
   costs = jnp.asarray(problem.costs, jnp.float32)[number]
-  observed = 1.0 - jnp.isnan(costs)
-  mask = jnp.ones(rows.shape).at[:, : problem.given].set(0.0)
-  judged = mask[..., None] * observed[:, None]
-
-  multiplier, metrics = lagrange.update(
-    lagrange.observe(agent.multiplier, costs, observed),
-    limits=limits,
-    optimizer=DUAL,
-    lam_max=LAM_MAX,
+  if judged < 1:
+    k = problem.costs.shape[1]
+    drawn = jax.random.randint(jax.random.fold_in(key, 1), (EPISODES,), 0, k)
+    costs = jnp.where(jax.nn.one_hot(drawn, k) > 0, costs, jnp.nan)
+  length = jnp.full(EPISODES, t, jnp.int32)
+  ref = {"table": jnp.asarray(problem.ref, jnp.float32)}
+  return ppo.Episodes(
+    tokens=chosen,
+    length=length,
+    mask=jnp.ones((EPISODES, t)).at[:, : problem.given].set(0.0),
+    group=jnp.zeros(EPISODES, jnp.int32),
+    logprobs=agent.logprobs(params["policy"], {}, chosen, length)[0],
+    reference_logprobs=agent.logprobs(ref, {}, chosen, length)[0],
+    rewards=jnp.asarray(problem.reward, jnp.float32)[number],
+    costs=costs,
+    observed=1.0 - jnp.isnan(costs),
+    reward_values=agent.reward_values(
+      params["reward_critic"], {}, chosen, length
+    ),
+    cost_values=agent.cost_values(params["cost_critic"], {}, chosen, length),
   )
 
-  def logprobs(policy):
-    table = jax.nn.log_softmax(policy)
-    return jnp.take_along_axis(table[rows], chosen[..., None], -1)[..., 0]
 
-  old, values = logprobs(agent.tables["policy"]), agent.tables["value"][rows]
-  cost_values = agent.tables["cost"][rows]
-  kl = old - logprobs(jnp.asarray(problem.ref, jnp.float32))
-
-  def estimate(episode, values, coefficient):
-    given = advantages.per_token(
-      episode, kl, mask, kl_coefficient=coefficient, clip=50.0
-    )
-    return advantages.gae(given, values, mask, discount=1.0, gae_lambda=0.95)
-
-  a, g = estimate(reward, values, -BETA)
-  cost_a, cost_g = jax.vmap(
-    lambda c, v: estimate(c, v, BETA), in_axes=-1, out_axes=-1
-  )(costs, cost_values)
-  mixed = advantages.mix(a, cost_a, lagrange.lam(multiplier), observed=observed)
-
-  def loss(tables):
-    return (
-      losses.policy_loss(
-        logprobs(tables["policy"]), old, mixed, mask, clip=0.2
-      ).value()
-      + losses.value_loss(
-        tables["value"][rows], values, g, mask, clip=5.0
-      ).value()
-      + losses.value_loss(
-        tables["cost"][rows], cost_values, cost_g, judged, clip=5.0
-      ).value()
-    )
-
-  tables, opt_state = agent.tables, agent.opt_state
-  for _ in range(2):
-    change, opt_state = optimizer(updates).update(
-      jax.grad(loss)(tables), opt_state
-    )
-    tables = optax.apply_updates(tables, change)
-  return Agent(tables, opt_state, multiplier), metrics
-
-
-def train(problem: Problem, limits: np.ndarray) -> dict:
+def train(problem: Problem, limits: np.ndarray, *, judged: float = 1.0) -> dict:
   """Metrics [seeds updates ...], with the exact `reward` and `costs` of each.
+
+  Each update is two gradient steps over all episodes.
 
   Args:
     problem: to learn.
     limits: [updates k].
+    judged: chance that a constraint judges a sequence: 1, or 1 of k.
   """
   at, chosen = prefixes(problem), tokens(problem)
+  agent = tabular(problem.ref.shape[1])
+  aim = functools.partial(
+    ppo.targets,
+    kl_coefficient=BETA,
+    gae_lambda=0.95,
+    whiten=False,
+    judged=judged,
+  )
+  indices = jnp.tile(jnp.arange(EPISODES), (2, 1))
 
-  def body(agent, xs):
+  def body(state, xs):
     key, d = xs
-    table = jax.nn.log_softmax(agent.tables["policy"])
+    table = jax.nn.log_softmax(state.params["policy"]["table"])
     p = jnp.exp(table[at, chosen].sum(1))  # of every sequence
-    agent, metrics = ppo_update(problem, len(limits), agent, key, d)
-    return agent, {"p": p, **metrics}
+    state, metrics = ppo.update(
+      state,
+      {name: {} for name in ppo.MODELS},
+      rollout(problem, agent, state.params, key, judged),
+      indices,
+      None,
+      agent=agent,
+      optimizers=optimizers(len(limits)),
+      multiplier={"limits": d, "optimizer": DUAL, "lam_max": LAM_MAX},
+      aim=aim,
+      clip=0.2,
+      value_clip=5.0,
+    )
+    return state, {"p": p, **metrics}
 
   @jax.jit
   @jax.vmap
@@ -256,6 +268,7 @@ def train(problem: Problem, limits: np.ndarray) -> dict:
 
   _, log = run(jnp.array(SEEDS))
   log = {name: np.float64(value) for name, value in log.items()}
+  assert (log["skipped"] == 0).all()
   log["reward"] = log["p"] @ problem.reward
   share = log["p"] @ ~np.isnan(problem.costs)  # of episodes that k judges
   log["costs"] = log["p"] @ np.nan_to_num(problem.costs) / share
@@ -322,6 +335,27 @@ def test_constraints_that_judge_half_of_the_episodes_each():
   np.testing.assert_allclose(costs, [limits] * 3, rtol=0.01)
   np.testing.assert_allclose(averaged(log, "reward"), reward.mean(), rtol=0.02)
   assert (log["rejected"] == 0).all()
+
+
+def test_one_constraint_drawn_for_each_episode_stands_for_all():
+  """The same optimum, each episode judged by one of the three, drawn anew.
+
+  So few judge that a divisor of each row's own would miss it by far.
+  """
+  problem, limits = PROBLEMS["bandit, 3 constraints"]
+  lam, reward, _ = solve(problem, np.array(limits))
+  binds = lam > 0
+
+  log = train(problem, np.tile(limits, (UPDATES, 1)), judged=1 / 3)
+
+  costs, lams = averaged(log, "costs"), averaged(log, "lam")
+  np.testing.assert_allclose(averaged(log, "reward"), reward, rtol=0.02)
+  np.testing.assert_allclose(
+    costs[:, binds], [np.array(limits)[binds]] * 3, rtol=0.01
+  )
+  np.testing.assert_allclose(lams[:, binds], [lam[binds]] * 3, rtol=0.1)
+  assert (lams[:, ~binds] < 0.05).all()
+  assert (log["count"][:, -1] == WINDOW).all()
 
 
 def test_infeasible_limit_is_reported_and_forgotten():

@@ -92,11 +92,18 @@ def mix(
   lam: Float[Array, " k"],
   *,
   observed: Float[Array, "n k"] | None = None,
+  judged: float = 1.0,
 ) -> Float[Array, "n l"]:
   """Advantage of the Lagrangian: `(A_r - sum_k lam_k A_ck) / (1 + sum lam)`.
 
   Both sums run over the constraints that the episode was judged by: only so
   does the KL penalty net to -beta in every row (see `per_token`).
+
+  Where those were drawn at random (`judged` below 1), they stand for all: each
+  weighs `lam_k / judged`, and the divisor is that of all. Then the mean over
+  the draws is the Lagrangian, KL penalty included. A divisor of each row's own
+  would not do: a constraint judged in one row of 50 could never weigh more
+  than those 50 rows' reward, however large its multiplier.
 
   Source: Safe RLHF (arXiv:2310.12773), its update of the actor, with k costs.
 
@@ -105,17 +112,20 @@ def mix(
     cost_advantages: of each cost; a cost is bad when large.
     lam: multipliers, reward per unit of cost, >= 0.
     observed: 1 where an episode was judged by a constraint; None = by all.
+    judged: chance of that, if a draw decided; 1: no draw did, and what did not
+      judge an episode does not hold for it.
 
   Returns:
     Advantages in units of reward, without gradient.
   """
   n, _, k = cost_advantages.shape
   seen = jnp.ones((n, k)) if observed is None else observed
-  weight = jnp.where(seen > 0, lam, 0.0)  # [n k]
+  weight = jnp.where(seen > 0, lam / judged, 0.0)  # [n k]
   costs = jnp.where(seen[:, None] > 0, cost_advantages, 0.0)
   # Summed in float32 on every device: TPUs would round a product to bfloat16.
   priced = jnp.einsum("nlk,nk->nl", costs, weight, precision="highest")
-  mixed = (reward_advantages - priced) / (1.0 + weight.sum(-1))[:, None]
+  total = weight.sum(-1)[:, None] if judged == 1.0 else lam.sum()
+  mixed = (reward_advantages - priced) / (1.0 + total)
   return jax.lax.stop_gradient(mixed)
 
 

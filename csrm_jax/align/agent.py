@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from csrm_jax import score
 from csrm_jax.align.ppo import Agent
 from csrm_jax.model.decode import chains, token_logprobs
 from csrm_jax.model.lora import LEAVES
@@ -41,28 +40,40 @@ def values(
   return jnp.pad(seen + head["bias"], ((0, 0), (1, 0), (0, 0)))
 
 
+def critic_model(trunk: RewardModel, policy: RewardModel) -> RewardModel:
+  """A critic on a judge's trunk, trained and computed as the policy is."""
+  same = (
+    "lora_rank",
+    "lora_alpha",
+    "train_layers",
+    "remat",
+    "dtype",
+    "attention",
+  )
+  shared = {name: getattr(policy, name) for name in same}
+  return dataclasses.replace(trunk, head="linear", **shared)
+
+
 def critic(
-  judge: score.Judge,
+  model: RewardModel,
+  params: Params,
   key: jax.Array,
   *,
   rows: Float[Array, "k d"],
   bias: Float[Array, " k"],
-  **choices: Any,
-) -> tuple[RewardModel, Params]:
-  """A critic that starts as the model whose score it foretells.
+) -> Params:
+  """Parameters of a critic that starts as the model whose score it foretells.
 
   Args:
-    judge: gives the trunk.
+    model: of `critic_model`.
+    params: of the judge that gives the trunk.
     key: of the adapters.
     rows: of the head, one for each value.
     bias: of each value.
-    **choices: fields of `RewardModel` that differ: adapters, dtype, remat.
   """
-  model = dataclasses.replace(judge.model, head="linear", **choices)
-  params = {k: v for k, v in judge.params.items() if k != "head"}
-  params = model.with_adapters(_own(params), key)
+  trunk = {k: v for k, v in params.items() if k != "head"}
   head = {"kernel": jnp.array(rows), "bias": jnp.array(bias)}
-  return model, params | {"head": head}
+  return model.with_adapters(_own(trunk), key) | {"head": head}
 
 
 def _own(params: Params) -> Params:

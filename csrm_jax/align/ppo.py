@@ -119,14 +119,12 @@ def targets(
   gae_lambda: float = 0.95,
   score_clip: float = 50.0,
   whiten: bool = True,
+  judged: float = 1.0,
 ) -> Targets:
   """Advantages of PPO-Lagrangian, and returns, under multipliers.
 
   The KL penalty enters the reward as -beta and each cost as +beta, hence after
   mixing as (-beta - beta sum lam) / (1 + sum lam) = -beta whatever lam is.
-
-  Responses that were judged by some constraints only stand for the others too:
-  there lam is divided by the share of responses that a constraint judged.
 
   Args:
     episodes: see there.
@@ -138,6 +136,8 @@ def targets(
     whiten: mean 0 and deviation 1 for the mixed advantage over all tokens of
       responses, which cancels the factor 1 / (1 + sum lam). Reward and cost are
       never whitened apart: that would rescale lam.
+    judged: chance that a constraint judged a response, if that was drawn; see
+      `advantages.mix`.
   """
   mask = episodes.mask
   kl = episodes.logprobs - episodes.reference_logprobs
@@ -157,10 +157,9 @@ def targets(
   paid, cost_returns = jax.vmap(
     lambda c, v: estimate(c, v, kl_coefficient), in_axes=(1, 2), out_axes=2
   )(costs, episodes.cost_values)
-  # A constraint that judges one response in ten weighs ten times there.
-  share = jnp.mean(episodes.observed, axis=0)
-  shared = lam / jnp.where(share > 0, share, 1.0)
-  mixed = advantages.mix(gained, paid, shared, observed=episodes.observed)
+  mixed = advantages.mix(
+    gained, paid, lam, observed=episodes.observed, judged=judged
+  )
   if whiten:
     mixed = advantages.whiten(mixed, mask)
   return Targets(jax.lax.stop_gradient(mixed), returns, cost_returns)

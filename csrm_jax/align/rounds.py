@@ -180,7 +180,6 @@ def relabel(
     prompt_length=chosen.prompt_length,
     response_length=chosen.response_length,
     temperature=chosen.temperature,
-    top_p=chosen.top_p,
     spec="\n".join(c.spec.render() for c in bound)
     if chosen.policy_reads_spec
     else None,

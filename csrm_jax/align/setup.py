@@ -202,30 +202,24 @@ def _critics(
 ) -> tuple[dict[str, Any], Params]:
   """Critics of the reward and of k constraints, their first parameters."""
   keys = jax.random.split(jax.random.key(config.seed), 3)
-  choices = {
-    "lora_rank": config.model.lora_rank,
-    "lora_alpha": config.model.lora_alpha,
-    "train_layers": config.model.train_layers,
-    "remat": config.model.remat,
-    "dtype": policy.dtype,
-    "attention": policy.attention,
-  }
-  reward_critic, reward_params = agents.critic(
-    rewarder,
+  reward_critic = agents.critic_model(rewarder.model, policy)
+  reward_params = agents.critic(
+    reward_critic,
+    rewarder.params,
     keys[1],
     rows=rewarder.params["head"]["kernel"][1:],
     bias=jnp.zeros(1, jnp.float32),
-    **choices,
   )
   cost_row = -judge.params["head"]["kernel"][:1] / judge.temperature
   rate = config.align.cost == "rate"
-  cost_critic, cost_params = agents.critic(
-    judge,
+  cost_critic = agents.critic_model(judge.model, policy)
+  cost_params = agents.critic(
+    cost_critic,
+    judge.params,
     keys[2],
     # sigmoid(c) is c / 4 + 1/2 near 0: so a rate starts from its logit.
     rows=jnp.tile(cost_row / 4 if rate else cost_row, (k, 1)),
     bias=jnp.full(k, 0.5 if rate else 0.0, jnp.float32),
-    **choices,
   )
   critics = {"reward_critic": reward_critic, "cost_critic": cost_critic}
   return critics, {"reward_critic": reward_params, "cost_critic": cost_params}
@@ -260,7 +254,7 @@ def start(
   """The newest checkpoint, or the state before the first update."""
   config, mesh = setup.config, setup.mesh
   fresh = functools.partial(
-    _fresh, config=config, optimizer=optimizer, k=len(setup.bound)
+    first_state, config=config, optimizer=optimizer, k=len(setup.bound)
   )
   shape = jax.eval_shape(fresh, params)
   held = sharding.shardings(shape, mesh)
@@ -275,9 +269,10 @@ def start(
   return jax.jit(fresh, out_shardings=held)(params)
 
 
-def _fresh(
-  params: Params, *, config: Config, optimizer, k: int
+def first_state(
+  params: Params, *, config: Config, optimizer: Any, k: int
 ) -> AlignState | TrainState:
+  """The state before the first update, of trained leaves and k constraints."""
   if config.align.method in PAIRWISE:
     return pairwise.init_state(params, optimizer)
   chosen = config.align.multiplier
@@ -294,6 +289,7 @@ def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
   """Keywords of `ppo.update` that the configuration gives."""
   align, chosen = config.align, config.align.multiplier
   rates = jnp.asarray([c.limit for c in bound], jnp.float32)
+  drawn = align.judged if 0 < align.judged < len(bound) else len(bound)
   aim = functools.partial(
     ppo.targets,
     kl_coefficient=align.kl,
@@ -301,6 +297,7 @@ def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
     gae_lambda=align.gae_lambda,
     score_clip=align.score_clip,
     whiten=align.whiten,
+    judged=drawn / len(bound),
   )
   if align.method in WITHOUT_CRITICS:
     aim = functools.partial(

@@ -20,7 +20,7 @@ from csrm_jax.train import loop
 from csrm_jax.train import step as steps
 from csrm_jax.types import Batch, TrainState
 
-PROGRAMS = ("train", "score")
+PROGRAMS = ("train", "score")  # those of alignment: pods/alignment.py
 GIB = 2**30
 _OUT = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _EXCEEDS = re.compile(
@@ -51,6 +51,7 @@ class Memory(NamedTuple):
   temporaries: float
   outputs: float  # beyond the donated state
   code: float
+  idle: float = 0.0  # parameters that stay there, of no use to this program
 
   @property
   def total(self) -> float:
@@ -117,7 +118,7 @@ def program(config: Config, devices: list[Any]) -> Program:
     ValueError: mesh, batch and devices do not go together.
   """
   tpu = devices[0].platform == "tpu"
-  config = _for_accelerators(config, "pallas" if tpu else "dense")
+  config = for_accelerators(config, "pallas" if tpu else "dense")
   model, _ = reward.make(config.model, row_length=config.data.row_length)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   sharding.check_rows(config.batch_rows, config.microbatches, mesh)
@@ -140,7 +141,7 @@ def program(config: Config, devices: list[Any]) -> Program:
   return Program(
     model=model,
     mesh=mesh,
-    state=jax.tree.map(_placed, state, held),
+    state=placed(state, held),
     batch=Batch(*(field(name) for name in Batch._fields)),
   )
 
@@ -179,27 +180,45 @@ def compile_program(config: Config, made: Program, name: str) -> Compiled:
     state = made.state._replace(opt_state=())
   else:
     raise ValueError(f"--program={name!r}: use one of {', '.join(PROGRAMS)}")
+  return finish(
+    lowered,
+    parameters=state.params,
+    moments=state.opt_state,
+    batch=made.batch,
+  )
+
+
+def finish(
+  lowered: Any, *, parameters: Any, moments: Any, batch: Any, idle: Any = ()
+) -> Compiled:
+  """Compiles what was lowered, and weighs it.
+
+  Args:
+    lowered: of `jax.jit(f).lower(...)`.
+    parameters: shapes and places of those among its arguments.
+    moments: likewise, of all else that the program carries on.
+    batch: likewise, of what it reads once.
+    idle: of what its chips hold beside its arguments.
+
+  Raises:
+    DoesNotFit: a chip's memory is too small.
+  """
   try:
     done = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     raise _misfit(error) from error
   measured: Any = done.memory_analysis()
-  parameters, moments = (
-    bytes_a_chip(state.params),
-    bytes_a_chip(state.opt_state),
-  )
-  batch = bytes_a_chip(made.batch)
+  known = [bytes_a_chip(tree) for tree in (parameters, moments, batch)]
   text = done.as_text() or ""
   given = measured.argument_size_in_bytes
   memory = Memory(
-    parameters=parameters / GIB,
-    moments=moments / GIB,
-    batch=batch / GIB,
-    padding=(given - parameters - moments - batch) / GIB,
+    *(size / GIB for size in known),
+    padding=(given - sum(known)) / GIB,
     temporaries=measured.temp_size_in_bytes / GIB,
     outputs=max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
     / GIB,
     code=measured.generated_code_size_in_bytes / GIB,
+    idle=bytes_a_chip(idle) / GIB,
   )
   return Compiled(memory, given / GIB, hlo.collectives(text), text)
 
@@ -229,11 +248,16 @@ def stacked_gathers(
   ]
 
 
-def _placed(shape: Any, place: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+def placed(shapes: Any, places: Any) -> Any:
+  """A tree of shapes that know where they lie."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    places,
+  )
 
 
-def _for_accelerators(config: Config, attention: str) -> Config:
+def for_accelerators(config: Config, attention: str) -> Config:
   """What "auto" stands for there, where this machine would choose its own."""
   config = config.copy_and_resolve_references()
   if config.model.dtype == "auto":

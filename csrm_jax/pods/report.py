@@ -1,11 +1,13 @@
 """What a compiled recipe needs, as data and as text."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from csrm_jax.config import Config
-from csrm_jax.pods import ahead, hlo, roofline
+from csrm_jax.model.reward import RewardModel
+from csrm_jax.pods import ahead, alignment, hlo, roofline
 from csrm_jax.pods.chips import Topology
 
 _ASSUMED = (
@@ -26,7 +28,7 @@ def measure(
   Args:
     config: the recipe.
     topology: the machine.
-    program: "train" or "score".
+    program: of `ahead.PROGRAMS` or `alignment.PROGRAMS`.
     hlo_file: receives the optimised program's text.
 
   Returns:
@@ -34,32 +36,58 @@ def measure(
     `even_gib` (all of them over fsdp x tensor). Where it fits: `memory` (GiB a
     chip by kind), `arguments_gib` (state and batch as the compiler has them),
     `collectives` (by kind: instructions, GiB sent a chip and step, or null),
-    `stacked_gathers` (gathers of kernels of all layers at once), and for the
-    training step `flops` and `seconds` (each resource alone, and their
-    maximum).
+    `stacked_gathers` (gathers of kernels of all layers at once), and for a
+    training step or a PPO update `flops` and `seconds` (each resource alone,
+    and their maximum).
 
   Raises:
     ValueError: recipe, mesh and machine do not go together.
   """
-  made = ahead.program(config, ahead.describe(topology))
-  state = (made.state.params, made.state.opt_state)
+  devices = ahead.describe(topology)
+  if program in alignment.PROGRAMS:
+    aligned = alignment.program(config, devices)
+    models = [m for m in aligned.networks if m is not None]
+    mesh, changed = aligned.mesh, aligned.state
+    state = (aligned.parameters, aligned.carried)
+    counted = alignment.flops(config, aligned)
+    compiled = functools.partial(
+      alignment.compile_program, config, aligned, program
+    )
+    rows, length = aligned.episodes.tokens.shape
+    sizes = {
+      "batch_rows": rows,
+      "row_length": length,
+      "epochs": config.align.epochs,
+      "minibatches": config.align.minibatches,
+      "constraints": len(aligned.bound),
+      "lora_rank": models[0].lora_rank,
+    }
+  else:
+    made = ahead.program(config, devices)
+    models, mesh = [made.model], made.mesh
+    state = changed = (made.state.params, made.state.opt_state)
+    counted = roofline.flops(config, made.model)
+    compiled = functools.partial(ahead.compile_program, config, made, program)
+    sizes = {
+      "batch_rows": config.batch_rows,
+      "row_length": config.data.row_length,
+      "microbatches": config.microbatches,
+    }
   found: dict[str, Any] = {
     "topology": str(topology),
     "chips": topology.chips,
-    "mesh": dict(made.mesh.shape),
+    "mesh": dict(mesh.shape),
     "program": program,
-    "remat": made.model.remat,
-    "dtype": made.model.dtype,
-    "attention": made.model.attention,
-    "batch_rows": config.batch_rows,
-    "row_length": config.data.row_length,
-    "microbatches": config.microbatches,
+    "remat": models[0].remat,
+    "dtype": models[0].dtype,
+    "attention": models[0].attention,
+    **sizes,
     "hbm_gib": topology.chip.hbm,
     "state_gib": ahead.bytes_a_chip(state) / ahead.GIB,
-    "even_gib": ahead.even_share(state, made.mesh) / ahead.GIB,
+    "even_gib": ahead.even_share(state, mesh) / ahead.GIB,
   }
   try:
-    done = ahead.compile_program(config, made, program)
+    done = compiled()
   except ahead.DoesNotFit as error:
     return found | {"fits": False, "why": str(error), "needed": error.needed}
   if hlo_file:
@@ -71,40 +99,46 @@ def measure(
     "arguments_gib": done.arguments,
     "collectives": hlo.totals(done.collectives),
     "stacked_gathers": len(
-      ahead.stacked_gathers(done.collectives, made.model.architecture.layers)
+      ahead.stacked_gathers(done.collectives, models[0].architecture.layers)
     ),
   }
-  if program == "train":
-    found |= _time(config, topology, made, done)
+  if program in ("train", "ppo"):
+    found |= _time(found, topology, counted, models, changed, done)
   return found
 
 
 def _time(
-  config: Config,
+  found: dict[str, Any],
   topology: Topology,
-  made: ahead.Program,
+  counted: roofline.Flops,
+  models: list[RewardModel],
+  state: Any,
   done: ahead.Compiled,
 ) -> dict[str, Any]:
-  counted = roofline.flops(config, made.model)
-  layers = made.model.architecture.layers
-  size = 2 if made.model.dtype == "bfloat16" else 4
-  weights = layers * roofline.kernel_parameters(made.model) * size
+  """Seconds of a step; every minibatch goes through weights and moments.
+
+  `state` is what it changes, shapes and places.
+  """
+  turns = found.get("epochs", 1) * found.get("minibatches", 1)
+  size = 2 if found["dtype"] == "bfloat16" else 4
+  weights = size * sum(
+    m.architecture.layers * roofline.kernel_parameters(m) for m in models
+  )
   took = roofline.times(
     counted,
     topology,
-    state_bytes=ahead.bytes_a_chip((made.state.params, made.state.opt_state)),
-    weight_bytes=weights / made.mesh.shape["tensor"],
+    state_bytes=turns * ahead.bytes_a_chip(state),
+    weight_bytes=turns * weights / found["mesh"]["tensor"],
     collectives=done.collectives,
-    replicas=made.mesh.shape["replica"],
+    replicas=found["mesh"]["replica"],
   )
   peak = topology.chips * topology.chip.flops
+  tokens = found["batch_rows"] * found["row_length"] * found.get("epochs", 1)
   return {
     "flops": counted._asdict(),
     "seconds": took._asdict() | {"bound": took.bound},
     "mfu_at_bound": counted.model / (peak * took.bound),
-    "tokens_per_second_at_bound": config.batch_rows
-    * config.data.row_length
-    / took.bound,
+    "tokens_per_second_at_bound": tokens / took.bound,
     "assumptions": _ASSUMED,
   }
 
@@ -116,8 +150,8 @@ def text(found: dict[str, Any]) -> str:
     f"{found['program']} on {found['topology']}: {found['chips']} chips,"
     f" {mesh}",
     f"  {found['batch_rows']} rows of {found['row_length']} tokens in"
-    f" {found['microbatches']} micro-batches, remat {found['remat']},"
-    f" {found['dtype']}, attention {found['attention']}",
+    f" {_parts(found)}, remat {found['remat']}, {found['dtype']}, attention"
+    f" {found['attention']}",
   ]
   if "memory" not in found:
     return "\n".join([*lines, f"  DOES NOT FIT: {found['why']}"])
@@ -146,6 +180,15 @@ def text(found: dict[str, Any]) -> str:
       f"  {found['assumptions']}",
     ]
   return "\n".join(lines)
+
+
+def _parts(found: dict[str, Any]) -> str:
+  if "minibatches" not in found:
+    return f"{found['microbatches']} micro-batches"
+  return (
+    f"{found['minibatches']} minibatches, {found['epochs']} epochs,"
+    f" {found['constraints']} constraints"
+  )
 
 
 def write(path: str, found: Any) -> None:

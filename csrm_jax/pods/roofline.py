@@ -53,18 +53,23 @@ def kernel_parameters(model: RewardModel) -> int:
 
 
 def flops(config: Config, model: RewardModel) -> Flops:
-  """Counts a training step: 2 operations a weight and token, 4 backwards.
+  """Counts a training step of a recipe; rows are counted as full."""
+  return passes(model, rows=config.batch_rows, length=config.data.row_length)
+
+
+def passes(model: RewardModel, *, rows: int, length: int) -> Flops:
+  """Counts a pass forwards and back: 2 operations a weight and token, 4 back.
 
   Layers below the lowest trained one run forward alone; under adapters, no
   gradient of the kernels is taken (2 operations fewer).
 
   Args:
-    config: the recipe; rows are counted as full.
     model: of the recipe.
+    rows: over all devices.
+    length: of a row, tokens.
   """
   a = model.architecture
-  length = config.data.row_length
-  tokens = config.batch_rows * length
+  tokens = rows * length
   per_layer = 2.0 * kernel_parameters(model) * tokens
   # Scores and weighted sum; a causal mask leaves half of them.
   square = 4.0 * tokens * length * a.heads * a.head_dim
@@ -80,6 +85,19 @@ def flops(config: Config, model: RewardModel) -> Flops:
   )
   done += frozen * (per_layer + square)
   return Flops(wanted, done)
+
+
+def vocabulary(model: RewardModel, *, rows: int, length: int) -> Flops:
+  """Counts the logits of every token, forwards and back, computed twice.
+
+  Their backward pass reaches the states alone unless the output embedding is
+  trained, that is: tied to an input embedding that is.
+  """
+  a = model.architecture
+  once = 2.0 * a.vocab_size * a.width * rows * length
+  trained = a.tied and model.train_embedding
+  wanted = once * (3.0 if trained else 2.0)
+  return Flops(wanted, wanted + once)
 
 
 def times(
