@@ -260,7 +260,9 @@ def restore_params(
       peers.first(
         "check of parameters", lambda: manifest.check(folder, below="params/")
       )
+    # Orbax wraps the tree in a class of its own, which no dict goes with.
     meta = manager.item_metadata(step)["params"]
+    meta = getattr(meta, "tree", meta)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if shardings is None:
       shardings = jax.tree.map(lambda _: device, meta)
