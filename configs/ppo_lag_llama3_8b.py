@@ -9,9 +9,10 @@ launch/compile.py --config=configs/ppo_lag_llama3_8b.py \
 from csrm_jax.config import default
 
 SPECS = """
-bank clinic_desk coding_assistant customer_support film_studio hospital_intake
+bank coding_assistant customer_support film_studio hospital_intake
 kids_tutor language_school mature_game newspaper permissive_default
-public_prosecutor social_network study_hall
+public_prosecutor social_network align/clinic_desk
+align/study_hall
 """
 
 

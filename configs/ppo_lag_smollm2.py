@@ -2,7 +2,7 @@
 
 Cost: 2 CPU cores, about 30 s an update, 1 hour, reckoned. Needs a reward model:
 --config.align.reward=DIR, of configs/reward_smollm2.py. The policy follows the
-spec file alone: --config.align.specs=specs/study_hall.yaml is another one.
+spec file alone: --config.align.specs=specs/align/study_hall.yaml is another one.
 """
 
 from csrm_jax.config import default
@@ -19,7 +19,7 @@ def get_config():
   c.model.dtype = "mixed"
   c.optimizer.lr = 3e-4
   c.optimizer.final_lr = 0.3
-  c.align.specs = "specs/clinic_desk.yaml"
+  c.align.specs = "specs/align/clinic_desk.yaml"
   c.align.limits = "0.1"
   c.align.prompts = "synthetic/medical_dosage,homework_answers"
   c.align.prompts_per_step = 8

@@ -21,7 +21,7 @@ def recipe(judge, **changes):
       "model.lora_rank": 4,
       "optimizer.lr": 1e-2,
       "align.method": "distill",
-      "align.specs": "specs/clinic_desk.yaml,specs/study_hall.yaml",
+      "align.specs": "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml",
       "align.judge": str(judge),
       "align.prompts": "synthetic/alcohol",
       "align.prompts_per_step": 2,
@@ -38,6 +38,7 @@ def recipe(judge, **changes):
   return config
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
   return tiny.write_workdir(tmp_path_factory.mktemp("judge"), tiny.judge())

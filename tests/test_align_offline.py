@@ -304,6 +304,7 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch):
   assert ours == theirs
 
 
+@pytest.mark.slow
 def test_changed_pairs_are_refused(whole):
   pairs, folder, _ = whole
   before = Path(pairs).read_text()
@@ -321,7 +322,7 @@ def test_ipo_with_specs_evaluates(tmp_path):
   changes = {
     "steps": 2,
     "align.method": "ipo",
-    "align.specs": "specs/clinic_desk.yaml",
+    "align.specs": "specs/align/clinic_desk.yaml",
     "align.judge": str(judge),
     "align.prompts": "synthetic/alcohol",
     "align.evaluate_prompts": 2,

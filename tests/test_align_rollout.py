@@ -164,6 +164,7 @@ def test_bad_input_is_named(options, named):
     draw(**options)
 
 
+@pytest.mark.slow
 _MESH = """
 import sys
 import jax, numpy as np

@@ -19,7 +19,7 @@ from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
 
 ROOT = Path(__file__).parent.parent
-SPECS = "specs/clinic_desk.yaml,specs/study_hall.yaml"
+SPECS = "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml"
 CHANGES = {
   "steps": 4,
   "checkpoint_every": 2,
@@ -162,8 +162,8 @@ def test_a_spec_can_be_the_reward(judge):
     ]
     for text in ("Draw it first.", "It is 12.", "")
   ]
-  found = feedback.reward_of(loaded, spec="specs/study_hall.yaml")(asked)
-  spec = csrm_jax.Spec.read("specs/study_hall.yaml")
+  found = feedback.reward_of(loaded, spec="specs/align/study_hall.yaml")(asked)
+  spec = csrm_jax.Spec.read("specs/align/study_hall.yaml")
   expected = [s.log_odds for s in csrm_jax.score(loaded, spec, asked)]
   np.testing.assert_allclose(found, expected, atol=1e-4)
 

@@ -26,6 +26,7 @@ def options(judge, **changes):
   )
 
 
+@pytest.mark.slow
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
   return tiny.write_workdir(tmp_path_factory.mktemp("judge"), tiny.judge())

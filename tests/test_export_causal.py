@@ -133,6 +133,7 @@ def test_rollouts_from_the_folder_are_the_policys(written):
   assert found.texts == ours.texts and len(set(ours.texts)) > 1
 
 
+@pytest.mark.slow
 def test_what_is_no_policy_is_not_replaced(written, tmp_path):
   folder, model, params, words = written["chatml"]
   causal.export_policy(model, params, words, folder)  # a policy is

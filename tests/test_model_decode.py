@@ -411,6 +411,7 @@ def test_the_whole_vocabulary_is_never_held():
   assert largest(jaxpr) == kernel < 64 * 20_000 * 2
 
 
+@pytest.mark.slow
 # -- Devices, the real model ----------------------------------------------
 
 _SEVERAL = """

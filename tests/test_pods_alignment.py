@@ -38,7 +38,7 @@ def recipe(**changes):
       "model.path": "",
       "model.size": "tiny",
       "model.dtype": "float32",
-      "align.specs": "specs/clinic_desk.yaml,specs/study_hall.yaml",
+      "align.specs": "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml",
       "align.prompts_per_step": 8,
       "align.samples": 2,
       "align.minibatches": 2,
