@@ -1,8 +1,8 @@
 """PPO-Lagrangian of SmolLM2-135M: helpfulness, bound by specs.
 
 Cost: 2 CPU cores, about 30 s an update, 1 hour, reckoned. Needs a reward model:
---config.align.reward=DIR, of configs/reward_smollm2.py. The policy follows the
-spec file alone: --config.align.specs=specs/align/study_hall.yaml is another one.
+--config.align.reward=DIR, of configs/reward_smollm2.py. The policy follows its
+spec alone: --config.align.specs=specs/align/study_hall.yaml is another one.
 """
 
 from csrm_jax.config import default

@@ -38,12 +38,12 @@ def recipe(judge, **changes):
   return config
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
   return tiny.write_workdir(tmp_path_factory.mktemp("judge"), tiny.judge())
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_best_and_worst(judge, tmp_path):
   def reward(conversations):
     """Two of six responses to every second prompt have no score."""

@@ -304,7 +304,6 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch):
   assert ours == theirs
 
 
-@pytest.mark.slow
 def test_changed_pairs_are_refused(whole):
   pairs, folder, _ = whole
   before = Path(pairs).read_text()
@@ -316,6 +315,7 @@ def test_changed_pairs_are_refused(whole):
     Path(pairs).write_text(before)
 
 
+@pytest.mark.slow
 def test_ipo_with_specs_evaluates(tmp_path):
   judge = tiny.write_workdir(tmp_path / "judge", tiny.judge())
   pairs = write(tmp_path / "pairs.jsonl", rows())

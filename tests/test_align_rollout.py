@@ -164,7 +164,6 @@ def test_bad_input_is_named(options, named):
     draw(**options)
 
 
-@pytest.mark.slow
 _MESH = """
 import sys
 import jax, numpy as np
@@ -192,6 +191,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
   flags = {
     "JAX_PLATFORMS": "cpu",

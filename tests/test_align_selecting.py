@@ -26,12 +26,12 @@ def options(judge, **changes):
   )
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
   return tiny.write_workdir(tmp_path_factory.mktemp("judge"), tiny.judge())
 
 
+@pytest.mark.slow
 def test_best_of_n_is_selected_by_the_judge_and_scored_by_both(judge, tmp_path):
   """The judge likes an "e", the monitor (a random model) has its own mind."""
 

@@ -133,7 +133,6 @@ def test_rollouts_from_the_folder_are_the_policys(written):
   assert found.texts == ours.texts and len(set(ours.texts)) > 1
 
 
-@pytest.mark.slow
 def test_what_is_no_policy_is_not_replaced(written, tmp_path):
   folder, model, params, words = written["chatml"]
   causal.export_policy(model, params, words, folder)  # a policy is
@@ -142,6 +141,7 @@ def test_what_is_no_policy_is_not_replaced(written, tmp_path):
     causal.export_policy(model, params, words, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_policy_that_the_next_begins_with(tmp_path):
   pairs = write(tmp_path / "pairs.jsonl", rows())
   config = recipe(pairs, steps=2)

@@ -411,7 +411,6 @@ def test_the_whole_vocabulary_is_never_held():
   assert largest(jaxpr) == kernel < 64 * 20_000 * 2
 
 
-@pytest.mark.slow
 # -- Devices, the real model ----------------------------------------------
 
 _SEVERAL = """
@@ -454,6 +453,7 @@ np.savez(
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
   flags = {
     "JAX_PLATFORMS": "cpu",
