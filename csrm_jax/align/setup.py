@@ -266,6 +266,8 @@ def start(
       held,
     )
     return checkpoint.restore(saved, latest, abstract)
+  # A judge's leaves, that critics begin with, lie on one device.
+  params = jax.device_put(params, held.params)
   return jax.jit(fresh, out_shardings=held)(params)
 
 
