@@ -207,7 +207,7 @@ def _sample(config: Config, made: Program) -> tuple[Any, Params, Any]:
     made.networks.policy,
     align.response_length,
     float(align.temperature),
-    float(align.top_p),
+    1.0,  # no nucleus: the policy is the whole distribution
     _STOP,
     made.mesh,
   )
