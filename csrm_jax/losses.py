@@ -20,13 +20,15 @@ def clip_temperature(temperature: Float[Array, "..."] | float) -> Array:
   return jnp.clip(jnp.asarray(temperature, jnp.float32), 0.25, 8.0)
 
 
-def _weighted(nats: Array, weight: Array) -> Mean:
+def weighted(nats: Float[Array, "..."], weight: Float[Array, "..."]) -> Mean:
   """Sums; weight is stopped, so that nobody trains on it by accident."""
   weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
   return Mean(jnp.sum(weight * nats), jnp.sum(weight))
 
 
-def _counted(x: Array, weight: Array) -> Array:
+def counted(
+  x: Float[Array, "..."], weight: Float[Array, "..."]
+) -> Float[Array, "..."]:
   """First half of the double `where`: padded entries become 0 up front."""
   return jnp.where(weight > 0, x.astype(jnp.float32), 0.0)
 
@@ -60,7 +62,7 @@ def calibration(
   Returns:
     Mean of nats per label (with `brier`, nats + weighted squared error).
   """
-  z, y = _counted(logits, weight), _counted(label, weight)
+  z, y = counted(logits, weight), counted(label, weight)
   smooth = y * (1.0 - label_smoothing) + label_smoothing / 2
   if focal:
     # sigmoid(-z)^g as exp(-g softplus(z)): no 0^(g-1) in the gradient.
@@ -71,7 +73,7 @@ def calibration(
     nats = jax.nn.softplus(z) - smooth * z
   if brier:
     nats = nats + brier * jnp.square(jax.nn.sigmoid(z) - y)
-  return _weighted(nats, weight)
+  return weighted(nats, weight)
 
 
 def brier_score(
@@ -80,8 +82,8 @@ def brier_score(
   weight: Float[Array, "b s"],
 ) -> Mean:
   """Mean squared error of the compliance probability."""
-  z, y = _counted(logits, weight), _counted(label, weight)
-  return _weighted(jnp.square(jax.nn.sigmoid(z) - y), weight)
+  z, y = counted(logits, weight), counted(label, weight)
+  return weighted(jnp.square(jax.nn.sigmoid(z) - y), weight)
 
 
 def bradley_terry(
@@ -114,14 +116,14 @@ def bradley_terry(
   Slots out of range are not detected here; `data/trie.py` rules them out.
   """
   r = jnp.take_along_axis(rewards[:, None, :], pairs, axis=-1)  # [b p 2]
-  lead = _counted(r[..., 0] - r[..., 1], weight)
-  lead = (lead - _counted(jnp.broadcast_to(margin, lead.shape), weight)) / (
+  lead = counted(r[..., 0] - r[..., 1], weight)
+  lead = (lead - counted(jnp.broadcast_to(margin, lead.shape), weight)) / (
     clip_temperature(temperature)
   )
   nats = jax.nn.softplus(-lead)
   if smoothing:
     nats = (1.0 - smoothing) * nats + smoothing * jax.nn.softplus(lead)
-  return _weighted(nats, weight)
+  return weighted(nats, weight)
 
 
 def severity_order(
@@ -144,7 +146,7 @@ def severity_order(
   Returns:
     Mean of nats per ladder; ladders with fewer than two rungs do not count.
   """
-  z = _counted(rewards, weight)
+  z = counted(rewards, weight)
   present = (weight > 0).astype(jnp.float32)
   k = rewards.shape[-1]
   order = jnp.triu(jnp.ones((k, k), jnp.float32), 1)
@@ -152,7 +154,7 @@ def severity_order(
   nats = jax.nn.softplus(-(z[:, None, :] - z[:, :, None] - margin)) * both
   count = both.sum((-2, -1))
   per_ladder = nats.sum((-2, -1)) / jnp.where(count > 0, count, 1.0)
-  return _weighted(per_ladder, (count > 0).astype(jnp.float32))
+  return weighted(per_ladder, (count > 0).astype(jnp.float32))
 
 
 def verbaliser(
@@ -199,10 +201,10 @@ def verbaliser_cross_entropy(
   Returns:
     Mean of nats per label.
   """
-  counted = jnp.where(weight[..., None] > 0, logits.astype(jnp.float32), 0.0)
-  z, log_mass = verbaliser(counted, safe=safe, unsafe=unsafe)
+  known = counted(logits, weight[..., None])
+  z, log_mass = verbaliser(known, safe=safe, unsafe=unsafe)
   bce = calibration(z, label, weight)
-  leak = _weighted(-log_mass, weight)
+  leak = weighted(-log_mass, weight)
   return Mean(bce.total + leak.total, bce.weight)
 
 
@@ -235,13 +237,13 @@ def safe_rlhf_cost(
 
   def of_pairs(x: Array) -> Array:
     both = jnp.take_along_axis(x[:, None, :], pairs, axis=-1)
-    return _counted(both, weight[..., None])
+    return counted(both, weight[..., None])
 
   c, k = of_pairs(costs), of_pairs(sign)
   order = jax.nn.softplus(-(c[..., 1] - c[..., 0]))
   nats = order + jax.nn.softplus(-k * c).sum(-1)
   nats = nats + regulariser * jnp.square(c).mean(-1)
-  return _weighted(nats, weight)
+  return weighted(nats, weight)
 
 
 def mixed(
@@ -284,9 +286,7 @@ def mixed(
     )
   }
   if log_mass is not None:
-    leak = _weighted(
-      -_counted(log_mass, batch.label_weight), batch.label_weight
-    )
+    leak = weighted(-counted(log_mass, batch.label_weight), batch.label_weight)
     bce = terms["calibration"]
     terms["calibration"] = Mean(bce.total + leak.total, bce.weight)
   for index, kind in enumerate(PAIR_KINDS):

@@ -72,13 +72,10 @@ def critic(
     bias: of each value.
   """
   trunk = {k: v for k, v in params.items() if k != "head"}
+  if not model.lora_rank:  # an update gives up what it trains; not the judge's
+    trunk = jax.tree.map(jnp.array, trunk)
   head = {"kernel": jnp.array(rows), "bias": jnp.array(bias)}
-  return model.with_adapters(_own(trunk), key) | {"head": head}
-
-
-def _own(params: Params) -> Params:
-  """Copies: an update gives up its buffers, the judge must keep its own."""
-  return jax.tree.map(jnp.array, params)
+  return model.with_adapters(trunk, key) | {"head": head}
 
 
 def split(networks: Networks, params: Params) -> tuple[Params, Params]:

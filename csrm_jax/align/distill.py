@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from csrm_jax.align import dpo
 from csrm_jax.align.limits import costs_of
+from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean
 
 MODES = ("product", "log_product", "lagrangian", "shaped", "rbr")
@@ -180,14 +182,6 @@ def distillation(
   Returns:
     Mean of squared nats per pair.
   """
-
-  def counted(x: Array) -> Array:
-    return jnp.where(weight > 0, x.astype(jnp.float32), 0.0)
-
-  target = counted(good_log_reward) - counted(bad_log_reward)
-  target = jax.lax.stop_gradient(target)
-  ratio = counted(good) - counted(good_reference)
-  ratio = ratio - (counted(bad) - counted(bad_reference))
-  weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
-  squares = jnp.square(target - beta * ratio)
-  return Mean(jnp.sum(weight * squares), jnp.sum(weight))
+  target = counted(good_log_reward, weight) - counted(bad_log_reward, weight)
+  lead = dpo.lead(good, bad, good_reference, bad_reference, weight, beta=beta)
+  return weighted(jnp.square(jax.lax.stop_gradient(target) - lead), weight)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean
 
 Pairs = Float[Array, " n"]  # a number for each pair
@@ -22,8 +23,7 @@ def response_logprob(
     logprobs: of each token given those before it.
     mask: 1 on the tokens of the response, 0 on prompt and padding.
   """
-  known = jnp.where(mask > 0, logprobs.astype(jnp.float32), 0.0)
-  return jnp.sum(known, -1)
+  return jnp.sum(counted(logprobs, mask), -1)
 
 
 def implicit_reward(
@@ -56,18 +56,13 @@ def lead(
     weight: 0 marks padding, whose u is 0.
     beta: reward per nat.
   """
-
-  def counted(x: Array) -> Array:
-    return jnp.where(weight > 0, x.astype(jnp.float32), 0.0)
-
-  return implicit_reward(
-    counted(chosen), counted(chosen_reference), beta=beta
-  ) - implicit_reward(counted(rejected), counted(rejected_reference), beta=beta)
-
-
-def _weighted(values: Array, weight: Array) -> Mean:
-  weight = jax.lax.stop_gradient(weight).astype(jnp.float32)
-  return Mean(jnp.sum(weight * values), jnp.sum(weight))
+  chosen, chosen_reference, rejected, rejected_reference = (
+    counted(x, weight)
+    for x in (chosen, chosen_reference, rejected, rejected_reference)
+  )
+  return implicit_reward(chosen, chosen_reference, beta=beta) - implicit_reward(
+    rejected, rejected_reference, beta=beta
+  )
 
 
 def dpo(
@@ -107,7 +102,7 @@ def dpo(
     beta=beta,
   )
   nats = (1.0 - label_smoothing) * jax.nn.softplus(-u)
-  return _weighted(nats + label_smoothing * jax.nn.softplus(u), weight)
+  return weighted(nats + label_smoothing * jax.nn.softplus(u), weight)
 
 
 def ipo(
@@ -143,7 +138,7 @@ def ipo(
     weight,
     beta=1.0,
   )
-  return _weighted(jnp.square(log_ratio - 0.5 / beta), weight)
+  return weighted(jnp.square(log_ratio - 0.5 / beta), weight)
 
 
 def accuracy(u: Pairs, weight: Pairs) -> Mean:
@@ -152,4 +147,4 @@ def accuracy(u: Pairs, weight: Pairs) -> Mean:
   Ties count half. `u` as `lead` gives it.
   """
   u = jnp.where(weight > 0, u, 0.0)
-  return _weighted((jnp.sign(u) + 1.0) / 2.0, weight)
+  return weighted((jnp.sign(u) + 1.0) / 2.0, weight)

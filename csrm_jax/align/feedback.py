@@ -71,6 +71,13 @@ def constraints(config: Config) -> list[Constraint]:
   ]
 
 
+def policy_spec(config: Config, bound: Sequence[Constraint]) -> str | None:
+  """What the policy reads of its specs; None unless it is to read them."""
+  if not config.align.policy_reads_spec:
+    return None
+  return "\n".join(c.spec.render() for c in bound)
+
+
 def parse_limits(text: str, count: int) -> list[float]:
   """Rates out of "0.05" (for all) or "0.05,0.2" (for each).
 

@@ -33,7 +33,6 @@ def read(source: str, tokenizer: Tokenizer, *, room: int) -> Rows:
     ValueError: file, line, field and remedy; or no row fits.
   """
   path = Path(source)
-  stop = prompt.end_id(tokenizer)
   kept: list[tuple[list[int], int]] = []
   longer = 0
   for number, raw in contract.raw_lines(path):
@@ -41,13 +40,11 @@ def read(source: str, tokenizer: Tokenizer, *, room: int) -> Rows:
     row = contract.parse_line(raw, where)
     messages: Any = row.get("messages") if isinstance(row, dict) else None
     contract.check_messages(messages, "messages", where)
-    before = prompt.encode(tokenizer, messages[:-1])
-    response = tokenizer.encode(messages[-1]["content"])
-    ids = [*before, *response, stop]
+    ids, start = prompt.answered(tokenizer, messages)
     if len(ids) > room:
       longer += 1
     else:
-      kept.append((ids, len(before)))
+      kept.append((ids, start))
   if longer:
     print(f"{path}: {longer} rows longer than {room} tokens were left out")
   if not kept:

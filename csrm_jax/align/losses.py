@@ -9,26 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean
 
 # A log-ratio beyond this is a broken update, and exp of it would be the batch.
 LOG_RATIO_LIMIT = 20.0  # nats
 
 
-def _counted(x: Array, mask: Array) -> Array:
-  """First half of the double `where`: masked entries become 0 up front."""
-  return jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
-
-
-def _mean(x: Array, mask: Array) -> Mean:
-  weight = jax.lax.stop_gradient(mask).astype(jnp.float32)
-  return Mean(jnp.sum(weight * x), jnp.sum(weight))
-
-
 def _ratio(logprobs: Array, old_logprobs: Array, mask: Array) -> Array:
   """p_new / p_old of each token; 1 where the mask is 0."""
   old = jax.lax.stop_gradient(old_logprobs)
-  log_ratio = _counted(logprobs, mask) - _counted(old, mask)
+  log_ratio = counted(logprobs, mask) - counted(old, mask)
   return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
@@ -57,10 +48,10 @@ def policy_loss(
   Returns:
     Mean over tokens, in units of reward.
   """
-  a = _counted(jax.lax.stop_gradient(advantages), mask)
+  a = counted(jax.lax.stop_gradient(advantages), mask)
   ratio = _ratio(logprobs, old_logprobs, mask)
   near = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
-  return _mean(-jnp.minimum(ratio * a, near * a), mask)
+  return weighted(-jnp.minimum(ratio * a, near * a), mask)
 
 
 def clip_fraction(
@@ -78,10 +69,10 @@ def clip_fraction(
 
   Args and Returns as in `policy_loss`; the Mean is a share of tokens.
   """
-  a = _counted(jax.lax.stop_gradient(advantages), mask)
+  a = counted(jax.lax.stop_gradient(advantages), mask)
   ratio = _ratio(jax.lax.stop_gradient(logprobs), old_logprobs, mask)
   held = ((ratio > 1.0 + clip) & (a > 0)) | ((ratio < 1.0 - clip) & (a < 0))
-  return _mean(held.astype(jnp.float32), mask)
+  return weighted(held.astype(jnp.float32), mask)
 
 
 def value_loss(
@@ -113,12 +104,12 @@ def value_loss(
   """
   if mask.ndim < values.ndim:
     mask = jnp.broadcast_to(mask[..., None], values.shape)
-  v = _counted(values, mask)
-  old = _counted(jax.lax.stop_gradient(old_values), mask)
-  g = _counted(jax.lax.stop_gradient(returns), mask)
+  v = counted(values, mask)
+  old = counted(jax.lax.stop_gradient(old_values), mask)
+  g = counted(jax.lax.stop_gradient(returns), mask)
   near = jnp.clip(v, old - clip, old + clip)
   worse = jnp.maximum(jnp.square(v - g), jnp.square(near - g))
-  return _mean(0.5 * worse, mask)
+  return weighted(0.5 * worse, mask)
 
 
 def nll(logprobs: Float[Array, "n l"], mask: Float[Array, "n l"]) -> Mean:
@@ -133,4 +124,4 @@ def nll(logprobs: Float[Array, "n l"], mask: Float[Array, "n l"]) -> Mean:
   Returns:
     Mean of nats per token.
   """
-  return _mean(-_counted(logprobs, mask), mask)
+  return weighted(-counted(logprobs, mask), mask)

@@ -119,17 +119,15 @@ def _encoded(
 ) -> tuple[str, list[tuple[list[int], int]]]:
   """(why the row is put aside, or ""; ids and start of both responses)."""
   spec = Spec.parse(row["spec"]).render() if "spec" in row else None
-  stop = prompt.end_id(tokenizer)
   sides: list[tuple[list[int], int]] = []
   for side in ("chosen", "rejected"):
     before = [*row["prompt"], *row[side][:-1]]
     if not before or before[-1]["role"] == "assistant":
       return f"{side}: no message to answer before the response", []
-    ids = prompt.encode(tokenizer, before, spec)
-    whole = [*ids, *tokenizer.encode(row[side][-1]["content"]), stop]
-    if len(whole) > room:
-      return f"{side}: {len(whole)} tokens, room for {room}", []
-    sides.append((whole, len(ids)))
+    ids, start = prompt.answered(tokenizer, [*before, row[side][-1]], spec)
+    if len(ids) > room:
+      return f"{side}: {len(ids)} tokens, room for {room}", []
+    sides.append((ids, start))
   return "", sides
 
 

@@ -14,6 +14,7 @@ from csrm_jax import sharding
 from csrm_jax.align import agent as agents
 from csrm_jax.align import distill, dpo
 from csrm_jax.align.ppo import Agent, Metrics
+from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean, Params, TrainState
 
 METHODS = ("dpo", "ipo", "distill")
@@ -121,14 +122,14 @@ def update(
     "skipped": skipped,
     "skipped_in_a_row": in_a_row,
   }
-  counted = jnp.where(pairs.weight > 0, 1.0, 0.0)
+  real = jnp.where(pairs.weight > 0, 1.0, 0.0)
   return TrainState(
     step=state.step + 1,
     params=kept({"policy": new}, state.params),
     opt_state=kept({"policy": moved}, state.opt_state),
     skipped=skipped,
     skipped_in_a_row=in_a_row,
-    tokens=state.tokens + jnp.sum(pairs.mask * counted[:, None, None]),
+    tokens=state.tokens + jnp.sum(pairs.mask * real[:, None, None]),
   ), metrics
 
 
@@ -189,8 +190,7 @@ def _facts(
   )
 
   def mean(x: Array) -> Array:
-    kept = jnp.where(weight > 0, x, 0.0)
-    return Mean(jnp.sum(weight * kept), jnp.sum(weight)).value()
+    return weighted(counted(x, weight), weight).value()
 
   ratio = said - known
   return {

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from csrm_jax.align import advantages, lagrange, losses, reinforce
+from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean, Params
 
 MODELS = ("policy", "reward_critic", "cost_critic")
@@ -391,8 +392,7 @@ def _gradients(
 
 
 def _masked(x: Array, mask: Array) -> Mean:
-  kept = jnp.where(mask > 0, x, 0.0)
-  return Mean(jnp.sum(jax.lax.stop_gradient(kept)), jnp.sum(mask))
+  return weighted(jax.lax.stop_gradient(counted(x, mask)), mask)
 
 
 def _facts(episodes: Episodes, goal: Targets) -> Metrics:

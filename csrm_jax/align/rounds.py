@@ -180,9 +180,7 @@ def relabel(
     prompt_length=chosen.prompt_length,
     response_length=chosen.response_length,
     temperature=chosen.temperature,
-    spec="\n".join(c.spec.render() for c in bound)
-    if chosen.policy_reads_spec
-    else None,
+    spec=feedback.policy_spec(config, bound),
     on_long="cut",
   )
   asked = np.ones((len(sampled.messages), len(bound)), bool)

@@ -161,9 +161,6 @@ def respond(
 ) -> Rollouts:
   """Responses of the policy of these trained leaves, in one shape."""
   align = setup.config.align
-  spec = None
-  if align.policy_reads_spec:
-    spec = "\n".join(c.spec.render() for c in setup.bound)
   return rollout.sample(
     setup.networks.policy,
     agents.join(trained["policy"], setup.frozen["policy"]),
@@ -174,7 +171,7 @@ def respond(
     prompt_length=align.prompt_length,
     response_length=align.response_length,
     temperature=align.temperature,
-    spec=spec,
+    spec=feedback.policy_spec(setup.config, setup.bound),
     rows=align.prompts_per_step * align.samples,
     on_long="cut",
     mesh=setup.mesh,

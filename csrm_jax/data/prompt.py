@@ -100,6 +100,29 @@ def encode(
   return ids
 
 
+def answered(
+  tokenizer: Tokenizer,
+  messages: Sequence[Message],
+  spec_text: str | None = None,
+) -> tuple[list[int], int]:
+  """Ids of a conversation that ends in an answer, its end of turn included.
+
+  Args:
+    tokenizer: as of `encode`, like the spec's text.
+    messages: the last one is the answer.
+    spec_text: see `encode`.
+
+  Returns:
+    (ids, where the answer begins).
+
+  Raises:
+    ValueError: as `encode`, of the messages before the answer.
+  """
+  before = encode(tokenizer, messages[:-1], spec_text)
+  said = tokenizer.encode(messages[-1]["content"])
+  return [*before, *said, end_id(tokenizer)], len(before)
+
+
 def _last_user(messages: Sequence[Message]) -> int:
   """Index of the last message that is not the assistant's; 0 if none."""
   kept = [i for i, m in enumerate(messages) if m["role"] != "assistant"]
