@@ -71,6 +71,7 @@ def whole(judge, tmp_path_factory):
   return folder, csrm_jax.align(recipe(judge), folder, reward=length_reward)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(whole):
   folder, result = whole
   lines = read(folder / "metrics.jsonl")
@@ -95,6 +96,7 @@ def test_a_run_leaves_what_it_promises(whole):
   assert result["tokens"] == sum(8 * line["length"] for line in lines)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole, judge):
   folder, result = whole
   again = align(recipe(judge), folder, reward=length_reward)
@@ -126,6 +128,7 @@ def test_stopped_and_resumed_is_the_same_run(
     assert ours == theirs, name
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused(whole, judge):
   folder, _ = whole
   with pytest.raises(ValueError, match=r"made with align\.kl = 0\.05"):
@@ -206,6 +209,7 @@ align(config, {str(tmp_path)!r}, reward=length_reward)
       assert first[0][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
+@pytest.mark.slow
 def test_report(whole, tmp_path):
   folder, _ = whole
   found = report({"a": folder, "b": folder}, tmp_path)

@@ -283,7 +283,13 @@ def test_no_output_embedding_is_refused():
 # -- Log-probabilities -----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[] if n == "llama" else [pytest.mark.slow])
+    for n in FAMILIES
+  ],
+)
 def test_logprobs_equal_transformers(name, tmp_path):
   theirs = torch_model(FAMILIES[name])
   import torch

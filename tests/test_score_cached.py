@@ -53,8 +53,10 @@ def plain(judge, specs, chats):
   "style, choices",
   [
     ("chatml", {}),
-    ("llama3", {"head": "verbaliser"}),
-    ("mistral", {"lora_rank": 2, "train_layers": 1}),
+    pytest.param("llama3", {"head": "verbaliser"}, marks=pytest.mark.slow),
+    pytest.param(
+      "mistral", {"lora_rank": 2, "train_layers": 1}, marks=pytest.mark.slow
+    ),
   ],
 )
 def test_equals_plain_scores(style, choices):
@@ -172,6 +174,7 @@ def test_bad_input_is_named():
     SpecCache(untrained, ["S1: a"]).helpfulness(chats_of(rng, 1))
 
 
+@pytest.mark.slow
 def test_calls_have_few_shapes():
   judge, rng = tiny.judge(), random.Random(5)
   score_cached._compiled.cache_clear()
