@@ -1,5 +1,6 @@
 """A judge behind an OpenAI-compatible chat endpoint."""
 
+import functools
 import itertools
 import json
 import math
@@ -143,14 +144,21 @@ def _messages(row: Row) -> list[dict[str, str]]:
 # -- Answers ---------------------------------------------------------------
 
 _THOUGHT = re.compile(r"(?s)^\s*<think>.*?</think>")
-_WORD = re.compile(
-  r"(?i)[\s\W_]*(?:(?:verdict|answer)[\s\W_]+)?"
-  r"\b(?P<word>safe|unsafe)(?=[*_`\"')\]]*\s*(?:[.,;:!\-]|\n|$))"
-)
 
 
-def read_verdict(answer: Answer) -> tuple[str, float]:
-  """How an answer was read, and its log-odds of compliance.
+@functools.cache
+def _word(words: tuple[str, str]) -> re.Pattern[str]:
+  return re.compile(
+    r"(?i)[\s\W_]*(?:(?:verdict|answer)[\s\W_]+)?"
+    rf"\b(?P<word>{words[0]}|{words[1]})"
+    r"(?=[*_`\"')\]]*\s*(?:[.,;:!\-]|\n|$))"
+  )
+
+
+def read_verdict(
+  answer: Answer, words: tuple[str, str] = VERDICTS
+) -> tuple[str, float]:
+  """How an answer was read, and its log-odds of the first of two words.
 
   It must begin with the word; "not safe" or "safe or unsafe" are no verdict.
   Candidates of the token that the word starts in count for the label that they
@@ -158,23 +166,29 @@ def read_verdict(answer: Answer) -> tuple[str, float]:
   candidates gets what they leave, at most the probability of the last of them:
   its own is no larger, so the log-odds err towards 0.
 
+  Args:
+    answer: of `chat.connect`.
+    words: the two labels, in small letters: complies, violates.
+
   Returns:
     ("by_log_odds" | "by_word" | "unparsable", log-odds; NaN if unparsable).
   """
   text = answer["text"]
   thought = _THOUGHT.match(text)
-  found = _WORD.match(text, thought.end() if thought else 0)
+  found = _word(words).match(text, thought.end() if thought else 0)
   if found is None:
     return "unparsable", math.nan
   word = found["word"].lower()
-  odds = _log_odds(answer["tokens"], found.start("word"), text)
+  odds = _log_odds(answer["tokens"], found.start("word"), text, words)
   if odds is not None:
     return "by_log_odds", odds
-  return "by_word", CERTAIN if word == "safe" else -CERTAIN
+  return "by_word", CERTAIN if word == words[0] else -CERTAIN
 
 
-def _log_odds(tokens: Sequence[Any], at: int, text: str) -> float | None:
-  """log P(safe) - log P(unsafe) at the token that holds character `at`.
+def _log_odds(
+  tokens: Sequence[Any], at: int, text: str, words: tuple[str, str]
+) -> float | None:
+  """log P(first) - log P(second) at the token that holds character `at`.
 
   None if the server did not tell.
   """
@@ -188,25 +202,25 @@ def _log_odds(tokens: Sequence[Any], at: int, text: str) -> float | None:
     for (_, told), end in zip(tokens, ends, strict=True)
     if end > start + at
   )
-  nats: dict[str, list[float]] = {word: [] for word in VERDICTS}
+  nats: dict[str, list[float]] = {word: [] for word in words}
   values = [max(value, _FLOOR) for _, value in candidates]
   for (candidate, _), value in zip(candidates, values, strict=True):
-    if label := _label(candidate):
+    if label := _label(candidate, words):
       nats[label].append(value)
   if not any(nats.values()):
     return None
   rest = 1.0 - math.fsum(map(math.exp, values))
   unseen = min(min(values), math.log(max(rest, math.exp(_FLOOR))))
-  safe, unsafe = (
+  first, second = (
     float(np.logaddexp.reduce(nats[word])) if nats[word] else unseen
-    for word in VERDICTS
+    for word in words
   )
-  return safe - unsafe
+  return first - second
 
 
-def _label(token: str) -> str:
+def _label(token: str, words: tuple[str, str]) -> str:
   """The one label word that a token is or begins; "" if none or both."""
   piece = token.strip(" \t\n*_`\"'").lower()
   # A single letter begins too many other words.
-  begun = [w for w in VERDICTS if len(piece) > 1 and w.startswith(piece)]
+  begun = [w for w in words if len(piece) > 1 and w.startswith(piece)]
   return begun[0] if len(begun) == 1 else ""

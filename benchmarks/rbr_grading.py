@@ -1,0 +1,124 @@
+"""Graders of propositions against people's marks, on the same folds.
+
+python benchmarks/rbr_grading.py --data=DATA \
+  --output=benchmarks/rbr/grading.json --graders=tfidf,states,both,judge,yes_no
+
+The rows are those of DATA/rbr_gold, split by prompt. tfidf (words), states (of
+the frozen judge) and both are trained on the other folds; judge and yes_no are
+asked as they are. Long rows are cut for states (--most tokens), for no other.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+
+from csrm_jax import errors, score
+from csrm_jax.rules import completions, graders, grading, trained
+from csrm_jax.rules.completions import Completion
+from csrm_jax.rules.propositions import Book
+
+GRADERS = ("tfidf", "states", "both", "judge", "yes_no")
+
+
+def grade(
+  name: str, book: Book, rows: Sequence[Completion], flags: Any
+) -> tuple[np.ndarray, dict[str, Any]]:
+  """(probabilities, what to say of how they were made)."""
+  talks = [row.messages for row in rows]
+  if name == "judge":
+    judge = score.load(flags.judge or str(score.SHIPPED))
+    return graders.judge_grader(judge)(book.propositions, talks), {}
+  if name == "yes_no":
+    model = graders.yes_no_model(flags.model)
+    return graders.yes_no_grader(model)(book.propositions, talks), {}
+  fold = trained.folds(rows, count=flags.folds)
+  truths = completions.truths(rows)
+  dense = None if name == "tfidf" else _states(rows, flags)
+  out = np.zeros(truths.shape)
+  for number in range(flags.folds):
+    test = fold == number
+    train = [row for row, t in zip(rows, test, strict=True) if not t]
+    rest = [row for row, t in zip(rows, test, strict=True) if t]
+    found = []
+    if name != "states":
+      seen, new = trained.words(train, rest)
+      found.append(trained.regress(seen, truths[~test], new, strength=10.0))
+    if dense is not None:
+      found.append(
+        trained.regress(
+          dense[~test], truths[~test], dense[test], strength=flags.strength
+        )
+      )
+    # Two opinions are joined by the mean of their log-odds.
+    odds = np.mean([_odds(p) for p in found], axis=0)
+    out[test] = 1 / (1 + np.exp(-odds))
+  sizes = np.bincount(fold, minlength=flags.folds).tolist()
+  return out, {"folds": sizes}
+
+
+def _odds(p: np.ndarray) -> np.ndarray:
+  p = np.clip(p, 1e-6, 1 - 1e-6)
+  return np.log(p) - np.log1p(-p)
+
+
+def _states(rows: Sequence[Completion], flags: Any) -> np.ndarray:
+  """Kept in a file, if one is named, since they cost most."""
+  cache = Path(flags.cache) if flags.cache else None
+  if cache is not None and cache.is_file():
+    return np.load(cache)
+  model = score.load(flags.judge or str(score.SHIPPED))
+  found = trained.states(model, rows, most=flags.most)
+  if cache is not None:
+    np.save(cache, found)
+  return found
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--data", required=True, help="folder with rbr_gold/")
+  parser.add_argument("--output", required=True)
+  parser.add_argument("--graders", default="tfidf,states,both")
+  parser.add_argument("--judge", default="", help="default: the shipped one")
+  parser.add_argument("--model", default="smollm2", help="for yes_no")
+  parser.add_argument("--folds", type=int, default=3)
+  parser.add_argument("--most", type=int, default=256, help="tokens of a row")
+  parser.add_argument("--strength", type=float, default=0.003)
+  parser.add_argument("--rows", type=int, default=0, help="first so many")
+  parser.add_argument("--cache", default="", help=".npy file of states")
+  flags = parser.parse_args()
+  with errors.told():
+    book, rows = completions.read_gold(flags.data)
+    rows = rows[: flags.rows or len(rows)]
+    output = Path(flags.output)
+    found: dict[str, Any] = {}
+    if output.is_file():
+      found = json.loads(output.read_text("utf-8"))["graders"]
+    for name in flags.graders.split(","):
+      if name not in GRADERS:
+        raise ValueError(f"--graders={name}: use some of {', '.join(GRADERS)}")
+      began = time.perf_counter()
+      chances, told = grade(name, book, rows, flags)
+      seconds = time.perf_counter() - began
+      measured = grading.report(book.names, chances, completions.truths(rows))
+      found[name] = {"seconds": round(seconds, 1), **told, **measured}
+      print(
+        f"{name}: macro-F1 {measured['macro_f1']:.3f} over {measured['over']},"
+        f" AUROC {measured['macro_auroc']:.3f}, accuracy"
+        f" {measured['accuracy']:.3f}, smECE {measured['smece']:.3f},"
+        f" {seconds:.0f} s"
+      )
+      output.parent.mkdir(parents=True, exist_ok=True)
+      about = machine.describe(("jax", "scikit-learn"))
+      about["command"] = about["command"].replace(flags.data, "DATA")
+      content = about | {"graders": found}
+      output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+  main()
