@@ -26,7 +26,7 @@ import machine
 import numpy as np
 
 from csrm_jax import errors, score, sharding
-from csrm_jax.align import feedback, ppo, run
+from csrm_jax.align import feedback, online, ppo
 from csrm_jax.align import setup as setups
 from csrm_jax.config import Config
 from csrm_jax.data import domains, groups
@@ -108,11 +108,11 @@ def step(mode: Mode, number: int) -> tuple[dict[str, float], np.ndarray]:
   """Seconds of each part of update `number`, and the tokens it was about."""
   setup, state = mode.setup, mode.held["state"]
   clock = [time.perf_counter()]
-  sampled = run.sample(setup, state, step=number)
+  sampled = online.sample(setup, state.params, step=number)
   clock.append(time.perf_counter())
-  judged = run.judge(setup, sampled, step=number)
+  judged = online.judge(setup, sampled, step=number)
   clock.append(time.perf_counter())
-  arrays = run.place(setup, sampled, judged)
+  arrays = online.place(setup, sampled, judged)
   known = mode.estimates(
     state.params, setup.frozen, arrays["tokens"], arrays["length"]
   )

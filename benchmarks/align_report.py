@@ -1,28 +1,50 @@
 """Curves and front of alignment runs, side by side.
 
 python benchmarks/align_report.py --output=benchmarks/align/smollm2 \
+  --judges=models/smollm2-135m-csrm,runs/second_judge \
+  --specs=specs/align/clinic_desk.yaml,specs/align/study_hall.yaml \
   clinic=runs/clinic study=runs/study plain=runs/plain
+
+With --specs, the responses of every run are also judged under each of these
+specs by each of the judges: crossed.json.
 """
 
 import argparse
 import json
+from pathlib import Path
 
-from csrm_jax import errors
-from csrm_jax.align.report import report
+import machine
+
+from csrm_jax import errors, score, storage
+from csrm_jax.align.crossed import crossed
+from csrm_jax.align.report import LAST, report
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
   parser.add_argument("--output", required=True, help="folder")
+  parser.add_argument("--specs", default="", help="files, joined by commas")
+  parser.add_argument("--judges", default=str(score.SHIPPED), help="folders")
   flags = parser.parse_args()
   with errors.told():
     named = [run.partition("=") for run in flags.runs]
     for name, _, path in named:
       if not name or not path:
         raise ValueError(f"{name!r}: write NAME=WORKDIR, for example a=runs/a")
-    found = report({name: path for name, _, path in named}, flags.output)
-  print(json.dumps(found, indent=1))
+    workdirs = {name: path for name, _, path in named}
+    found = report(workdirs, flags.output)
+    print(json.dumps(found, indent=1))
+    if flags.specs:
+      judges = {Path(j).name: score.load(j) for j in flags.judges.split(",")}
+      table = crossed(workdirs, flags.specs.split(","), judges, last=LAST)
+      file = Path(flags.output) / "crossed.json"
+      measured = machine.describe(["jax", "flax"])
+      storage.write_json(
+        file, {"rates": table, "last_updates": LAST} | measured
+      )
+      for line in table:
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

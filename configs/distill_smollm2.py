@@ -20,7 +20,7 @@ def get_config():
   c.optimizer.final_lr = 0.3
   c.align.method = "distill"
   c.align.specs = "specs/align/clinic_desk.yaml"
-  c.align.prompts = "synthetic/medical_dosage,homework_answers"
+  c.align.prompts = "specs/align/prompts.jsonl"
   c.align.prompts_per_step = 8
   c.align.samples = 16
   c.align.top = 4

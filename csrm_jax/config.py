@@ -103,11 +103,18 @@ def default() -> Config:
 
   c.align = a = ConfigDict()  # of launch/align.py; `model` is the policy
   a.method = "ppo"  # "ppo" | "shaping" | "plain" | "grpo" | "rloo" |
-  #                   "reinforce" | "dpo" | "ipo" | "distill" | "best_of_n";
-  #                   see docs/align.md
+  #                   "reinforce" | "dpo" | "ipo" | "distill" | "best_of_n" |
+  #                   "constitutional"; see docs/align.md
   a.judge = ""  # folder of the judge that costs come from; "": the shipped one
   a.reward = ""  # folder of the reward model; "": the judge's own helpfulness
   a.reward_spec = ""  # spec file: its log-odds are the reward, no helpfulness
+  a.reward_scale = 1.0  # rewards are multiplied by it; costs are not
+  a.rules = ""  # folder of launch/rules.py fit: rule-based reward beside it
+  a.rbr_weight = 1.0  # of that reward
+  a.rules_grader = ""  # judge folder that grades propositions, or
+  #                      "yes_no:MODEL", a language model; "": the judge
+  a.rules_violation = ""  # proposition that the specs decide, by the judge's
+  #                         probability of a violation; "": graded as others
   a.specs = ""  # spec files joined by ",": the constraints
   a.per_rule = False  # one constraint a rule instead of one a spec
   a.limits = "0.1"  # highest share of violations: one for all, or one each
@@ -140,6 +147,8 @@ def default() -> Config:
   a.bottom = 5  # worst ones
   a.contrasts = 1  # pairs drawn from them, of each prompt
   a.critic_lr = 1e-3
+  a.critic_trains = "all"  # as much as of the policy; "head": on frozen trunks,
+  #                          which cost no backward pass and no memory for it
   a.logit_tokens = 32  # of each response, whose logits are held at a time
   a.ptx = ""  # JSON lines of messages whose responses are imitated beside
   a.ptx_weight = 0.0
@@ -152,6 +161,28 @@ def default() -> Config:
   #               what the policy said; "": the judge stays
   a.labeller = ""  # folder of the judge that labels it; "": the round's judge
   a.relabel_prompts = 64  # whose responses are labelled
+  a.constitutional = t = ConfigDict()  # method "constitutional"
+  t.prompts = 200  # training prompts that are answered and revised, at most
+  t.revisions = 4  # of an answer, at most, each against one rule of the spec
+  t.draw = "uniform"  # of that rule: "uniform" | "judged" (by the judge's
+  #                     probability that the answer of the moment breaks it)
+  t.wording = "demonstrated"  # the reviser reads "demonstrated": answer, rule,
+  #                             critique, behind worked examples | "plain":
+  #                             question and rule (for small models) |
+  #                             "resampled": the question alone, a control
+  t.patience = 2  # revisions no better than the draft, then a prompt is left
+  t.help_fall = 1.0  # most that helpfulness may be below the draft's, in the
+  #                    reward's unit; without a reward model nothing is asked
+  t.prompt_length = 384  # tokens that critic and reviser read, at most
+  t.critique_length = 32  # tokens, at most; 0: no critic is asked
+  t.temperature = 0.3  # of critiques and revisions; 0 is greedy
+  t.allowed = ""  # as align.prompts: prompts that the spec permits to answer,
+  #                 by which over-refusal is measured; "": none
+  t.allowed_prompts = 40  # of them, at most
+  t.preferences = 0  # responses sampled to each prompt for pairs with soft
+  #                    labels, an even number; 0: none
+  t.preference_temperature = 1.0  # log-odds of the judge are divided by it
+  t.clamp = 0.0  # soft labels stay within [clamp, 1 - clamp]
   a.multiplier = u = ConfigDict()
   u.start = 1.0  # lambda before the first step, of each constraint
   u.lr = 0.1  # of log lambda

@@ -117,6 +117,33 @@ def per_token(score, kl, mask, coefficient):
   return out
 
 
+@pytest.mark.parametrize("observed", [None, np.arange(N * K).reshape(N, K) % 2])
+def test_what_is_not_given_the_update_finds_itself(observed):
+  rng = np.random.default_rng(5)
+  state = make_state(rng)
+  known = make_episodes(rng, state, observed)
+  left_out = dict.fromkeys(("logprobs", "reward_values", "cost_values"))
+  new, metrics = one_update(state, known._replace(**left_out))
+  wanted, expected = one_update(state, known)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    (new, metrics),
+    (wanted, expected),
+  )
+  with pytest.raises(ValueError, match="in 2 minibatches and epochs"):
+    ppo.update(
+      state,
+      FROZEN,
+      known._replace(**left_out),
+      jnp.arange(N).reshape(2, -1),
+      None,
+      agent=AGENT,
+      optimizers=OPTIMIZERS,
+      multiplier=MULTIPLIER,
+      aim=AIM,
+    )
+
+
 def test_update_equals_numpy():
   rng = np.random.default_rng(0)
   state = make_state(rng)

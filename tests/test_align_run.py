@@ -14,6 +14,7 @@ import csrm_jax
 from configs import tiny
 from csrm_jax import peers
 from csrm_jax.align import feedback
+from csrm_jax.align.crossed import crossed
 from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
@@ -155,6 +156,15 @@ def test_mistakes_are_named(judge, tmp_path, changes, message):
     align(recipe(judge, **changes), tmp_path, reward=length_reward)
 
 
+def test_rewards_have_the_unit_that_is_asked_for():
+  said = [[{"role": "assistant", "content": "a" * i}] for i in (1, 5)]
+  found = feedback.scaled(length_reward, 0.25)(said)
+  np.testing.assert_allclose(found, [0.005, 0.025])
+  for wrong in (0.0, -1.0, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match=r"align\.reward_scale=.*above 0"):
+      feedback.scaled(length_reward, wrong)
+
+
 def test_a_spec_can_be_the_reward(judge):
   """The log-odds under it, whatever else is asked."""
   loaded = csrm_jax.load(judge)
@@ -184,6 +194,7 @@ import json, sys
 import jax
 sys.path.insert(0, "tests")
 from test_align_run import length_reward, recipe
+from csrm_jax.align.crossed import crossed
 from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 assert jax.device_count() == 8
@@ -226,3 +237,79 @@ def test_report(whole, tmp_path):
   assert found["a"]["reward_end"] == ends[-1]["reward"]
   with pytest.raises(ValueError, match=r"metrics\.jsonl: missing"):
     report({"a": tmp_path}, tmp_path)
+  settled = clinic["settled"]  # those of updates 2 and 4, without the start
+  assert settled == pytest.approx(
+    np.mean([line["violation/clinic_desk"] for line in ends[1:]])
+  )
+  assert clinic["settled_low"] < settled <= clinic["settled_high"]
+
+
+@pytest.mark.slow
+def test_every_run_under_every_spec(whole, judge):
+  folder, _ = whole
+  loaded = csrm_jax.load(judge)
+  specs = SPECS.split(",")
+  table = crossed({"a": folder}, specs, {"own": loaded}, last=3)
+  assert [line["spec"] for line in table] == ["clinic_desk", "study_hall"]
+  said = read(folder / "responses.jsonl")
+  for line, file in zip(table, specs, strict=True):
+    spec = csrm_jax.Spec.read(file)
+    for side, steps in (("start", {0}), ("end", {2, 4})):
+      rows = [x["messages"] for x in said if x["step"] in steps]
+      verdicts = [s.verdict for s in csrm_jax.score(loaded, spec, rows)]
+      share = verdicts.count("violate") / len(rows)
+      assert line[side] == pytest.approx(share)
+      assert line[f"{side}_low"] <= share <= line[f"{side}_high"]
+  with pytest.raises(ValueError, match=r"responses\.jsonl: missing"):
+    crossed({"a": folder / "policy"}, specs, {}, last=3)
+
+
+@pytest.mark.slow
+def test_a_run_is_audited(judge, tmp_path):
+  asked = tmp_path / "prompts.jsonl"
+  rows = [
+    {"prompt": f"Number {i}?", "topic": "odd" if i % 2 else "even"}
+    for i in range(8)
+  ]
+  asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = recipe(
+    judge,
+    **{
+      "align.prompts": str(asked),
+      "align.heldout": 0.5,
+      "align.monitor": str(judge),
+      "align.specs": SPECS.split(",")[0],
+    },
+  )
+  csrm_jax.align(config, tmp_path / "run", reward=length_reward)
+  called = [
+    sys.executable,
+    "launch/audit.py",
+    f"--workdir={tmp_path / 'run'}",
+    "--allowed=topic=odd",
+  ]
+  done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  folder = tmp_path / "run" / "audit" / "clinic_desk"
+  found = json.loads((folder / "audit.json").read_text())
+  assert (folder / "audit.html").is_file()
+  # Every second one is held out, and these are the odd ones.
+  assert (found["samples"], found["allowed"], found["disallowed"]) == (3, 3, 0)
+  names = [point["name"] for point in found["over_kl"]["points"]]
+  assert set(names) == {"before", "update 2", "after"}
+  # Gold is the judge itself, so nothing lies between the two.
+  for phase in ("before", "after"):
+    assert found[phase]["gap"]["value"] == pytest.approx(0, abs=1e-6)
+    assert f"clinic_desk {phase} gap: " in done.stdout
+
+  def complain(*flags):
+    wrong = subprocess.run(
+      [*called[:3], *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert wrong.returncode != 0
+    return wrong.stderr
+
+  assert "prompts.jsonl:1: field 'kind': missing" in complain(
+    "--allowed=kind=odd"
+  )
+  assert "write FIELD=VALUE" in complain("--allowed=odd")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from csrm_jax.align.ppo import Agent
+from csrm_jax.model import lora
 from csrm_jax.model.decode import chains, token_logprobs
-from csrm_jax.model.lora import LEAVES
 from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.types import Params
@@ -40,8 +40,13 @@ def values(
   return jnp.pad(seen + head["bias"], ((0, 0), (1, 0), (0, 0)))
 
 
-def critic_model(trunk: RewardModel, policy: RewardModel) -> RewardModel:
-  """A critic on a judge's trunk, trained and computed as the policy is."""
+def critic_model(
+  trunk: RewardModel, policy: RewardModel, *, heads_only: bool = False
+) -> RewardModel:
+  """A critic on a judge's trunk, trained and computed as the policy is.
+
+  Without adapters if only its head is trained.
+  """
   same = (
     "lora_rank",
     "lora_alpha",
@@ -51,6 +56,8 @@ def critic_model(trunk: RewardModel, policy: RewardModel) -> RewardModel:
     "attention",
   )
   shared = {name: getattr(policy, name) for name in same}
+  if heads_only:
+    shared["lora_rank"] = 0
   return dataclasses.replace(trunk, head="linear", **shared)
 
 
@@ -61,6 +68,8 @@ def critic(
   *,
   rows: Float[Array, "k d"],
   bias: Float[Array, " k"],
+  alpha: float = 1.0,
+  heads_only: bool = False,
 ) -> Params:
   """Parameters of a critic that starts as the model whose score it foretells.
 
@@ -70,24 +79,35 @@ def critic(
     key: of the adapters.
     rows: of the head, one for each value.
     bias: of each value.
+    alpha: of the judge's adapters, which are merged.
+    heads_only: whether the trunk stays the judge's own.
   """
   trunk = {k: v for k, v in params.items() if k != "head"}
-  if not model.lora_rank:  # an update gives up what it trains; not the judge's
+  trunk = lora.merge(trunk, alpha)
+  if not model.lora_rank and not heads_only:
+    # An update gives up what it trains; not the judge's.
     trunk = jax.tree.map(jnp.array, trunk)
   head = {"kernel": jnp.array(rows), "bias": jnp.array(bias)}
   return model.with_adapters(trunk, key) | {"head": head}
 
 
-def split(networks: Networks, params: Params) -> tuple[Params, Params]:
+def split(
+  networks: Networks, params: Params, *, heads_only: bool = False
+) -> tuple[Params, Params]:
   """(trained, frozen) leaves of all models, by name.
 
   The policy's frozen leaves hold its start as "reference" where it is trained
-  in full; with adapters, the start is the policy without them.
+  in full; with adapters, the start is the policy without them. With
+  `heads_only`, critics' trunks are frozen.
   """
   trained, frozen = {}, {}
   for name in params:
     model: RewardModel = getattr(networks, name)
     trained[name], frozen[name] = model.split(params[name])
+    if name != "policy" and heads_only:
+      head = {"head": params[name]["head"]}
+      rest = {k: v for k, v in params[name].items() if k != "head"}
+      trained[name], frozen[name] = head, rest
     if name == "policy":
       # Its score row is of no use; out of the trained leaves, no moments.
       frozen[name]["head"] = trained[name].pop("head")
@@ -108,7 +128,7 @@ def reference(trained: Params, frozen: Params) -> Params:
     return join(frozen["reference"], frozen)
   flat = flatten(trained)
   still = {
-    k: jnp.zeros_like(v) if k.split("/")[-1] == LEAVES[1] else v
+    k: jnp.zeros_like(v) if k.split("/")[-1] == lora.LEAVES[1] else v
     for k, v in flat.items()
   }
   return join(unflatten(still), frozen)
@@ -154,14 +174,29 @@ def estimates(
   frozen: Params,
   tokens: Int[Array, "n l"],
   length: Int[Array, " n"],
-) -> dict[str, Array]:
-  """Fields of `Episodes` that the models give, before an update."""
+  *,
+  once: bool = False,
+) -> dict[str, Any]:
+  """Fields of `Episodes` that the models give, before an update.
+
+  Args:
+    agent: the models.
+    trained: leaves, by name of the model.
+    frozen: leaves, likewise.
+    tokens: rows.
+    length: of each, tokens.
+    once: whether the update sees all rows once: it then finds all but the
+      reference's log-probabilities itself, and they are None.
+  """
   start = reference(trained["policy"], frozen["policy"])
-  parts = {n: (trained[n], frozen[n], tokens, length) for n in trained}
-  found = {
-    "logprobs": agent.logprobs(*parts["policy"])[0],
+  found: dict[str, Any] = {
+    "logprobs": None,
     "reference_logprobs": agent.logprobs({}, start, tokens, length)[0],
   }
+  if once:
+    return found
+  parts = {n: (trained[n], frozen[n], tokens, length) for n in trained}
+  found["logprobs"] = agent.logprobs(*parts["policy"])[0]
   if "reward_critic" in trained:
     found["reward_values"] = agent.reward_values(*parts["reward_critic"])
     found["cost_values"] = agent.cost_values(*parts["cost_critic"])

@@ -33,7 +33,9 @@ def evaluate(setup: Setup, trained: Params, *, step: int) -> dict[str, Any]:
 
   Every constraint is judged on every response, by the judge that costs come
   from and by the monitor, if there is one. The same prompts, and the same
-  randomness, at every step. Without a reward model there is no reward.
+  randomness, at every step. Without a reward model there is no reward. With
+  rules, the line has shares of the best class by response type as well, and
+  of refusals where they are wanted and where not.
 
   Returns:
     The line of evaluations.jsonl.
@@ -64,12 +66,27 @@ def evaluate(setup: Setup, trained: Params, *, step: int) -> dict[str, Any]:
       count = int(np.sum(log_odds[:, i] < 0))
       line |= rate(f"{prefix}violation/{constraint.name}", count, n)
   names = [c.name for c in setup.bound]
+  of_rules: list[dict[str, Any]] = [{}] * n
+  if setup.rules is not None:
+    graded = setup.rules.graded(sampled.messages)
+    of_rules = [
+      {"response_type": kind, "class": name, "rule_reward": float(r)}
+      for kind, name, r in zip(
+        graded.types, graded.classes, graded.rewards, strict=True
+      )
+    ]
+    line["rule_reward"] = float(np.mean(graded.rewards))
+    for name, (count, of) in setup.rules.shares(
+      sampled.messages, graded
+    ).items():
+      line |= rate(name, count, of)
   rows = [
     {
       "step": step,
       "id": i,
       "messages": list(messages),
       **({} if rewards is None else {"reward": float(rewards[i])}),
+      **of_rules[i],
       **{
         f"{prefix}log_odds": dict(
           zip(names, map(float, log_odds[i]), strict=True)
@@ -82,6 +99,24 @@ def evaluate(setup: Setup, trained: Params, *, step: int) -> dict[str, Any]:
   _append(setup.workdir / RESPONSES, rows)
   _append(setup.workdir / EVALUATIONS, [line])
   return line
+
+
+def responses(workdir: AnyPath) -> dict[int, list[dict[str, Any]]]:
+  """Lines of responses.jsonl by the step of their evaluation, in its order.
+
+  Raises:
+    ValueError: the run left no responses.
+  """
+  path = workdir / RESPONSES
+  if not path.is_file():
+    raise ValueError(
+      f"{path}: missing; give a workdir of launch/align.py with"
+      " align.evaluate_every above 0"
+    )
+  found: dict[int, list[dict[str, Any]]] = {}
+  for line in map(json.loads, path.read_text().splitlines()):
+    found.setdefault(line["step"], []).append(line)
+  return found
 
 
 def trim(workdir: AnyPath, step: int) -> None:

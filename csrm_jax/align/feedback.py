@@ -151,6 +151,22 @@ def reward_of(model: Judge, *, spec: str = "") -> RewardFunction:
   return SpecCache(model, []).helpfulness
 
 
+def scaled(reward: RewardFunction, scale: float) -> RewardFunction:
+  """The reward in another unit, such as its deviation at the start.
+
+  A multiplier of 1 weighs a cost of 1 as a reward of 1: so the unit decides how
+  long multipliers must grow before they matter.
+
+  Raises:
+    ValueError: a scale that is not above 0.
+  """
+  if not 0 < scale < float("inf"):
+    raise ValueError(f"--config.align.reward_scale={scale}: use one above 0")
+  if scale == 1.0:
+    return reward
+  return lambda conversations: scale * np.asarray(reward(conversations))
+
+
 def compliance_of(
   judge: Judge | None, bound: Sequence[Constraint]
 ) -> ComplianceFunction:

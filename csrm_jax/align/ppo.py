@@ -31,12 +31,14 @@ class Episodes(NamedTuple):
     length: tokens of prompt and response.
     mask: 1 on the tokens of the response, its stop token included.
     group: number of the prompt.
-    logprobs: nats, of the policy that sampled.
+    logprobs: nats, of the policy that sampled; None: `update` finds them, see
+      there.
     reference_logprobs: nats, of the policy before any update.
     rewards: of each response.
     costs: of each response under each constraint; smaller is better.
     observed: 1 where a cost was judged, else 0.
-    reward_values: of the reward critic, before the update; None without one.
+    reward_values: of the reward critic, before the update; None without one,
+      or as `logprobs`.
     cost_values: of the cost critic, likewise.
   """
 
@@ -44,7 +46,7 @@ class Episodes(NamedTuple):
   length: Int[Array, " n"]
   mask: Float[Array, "n l"]
   group: Int[Array, " n"]
-  logprobs: Float[Array, "n l"]
+  logprobs: Any  # Float[Array, "n l"]
   reference_logprobs: Float[Array, "n l"]
   rewards: Float[Array, " n"]
   costs: Float[Array, "n k"]
@@ -230,6 +232,10 @@ def update(
 ) -> tuple[AlignState, Metrics]:
   """One update: multipliers first, then policy and critics.
 
+  Of a batch in one minibatch and one epoch, the models' own forward passes give
+  log-probabilities and values from before the update: what `episodes` leaves
+  None of them is taken from there.
+
   A non-finite loss or gradient leaves all but the counters as it was.
 
   Args:
@@ -259,14 +265,11 @@ def update(
   if shaping:
     shaped = _shaped(episodes, shaping)
     episodes = episodes._replace(rewards=shaped)
-  goal = aim(episodes, lam)
   whole = jnp.sum(episodes.mask)
 
-  def one(carry, rows):
+  def learn(carry: Any, part: Episodes, wanted: Any) -> Any:
     params, opt_state, ok = carry
-    part = jax.tree.map(lambda x: x[rows], episodes)
-    wanted = jax.tree.map(lambda x: x[rows], goal)
-    gradients, measured = _gradients(
+    gradients, measured, learnt = _gradients(
       agent,
       params,
       frozen,
@@ -285,14 +288,30 @@ def update(
         gradients[name], opt_state[name], params[name]
       )
       new[name] = optax.apply_updates(params[name], step)
-    ok &= finite
     measured["gradient_norm_policy"] = Mean(
       optax.global_norm(gradients["policy"]), jnp.ones(())
     )
-    return (new, moved, ok), measured
+    return (new, moved, ok & finite), measured, learnt
 
-  start = (state.params, state.opt_state, jnp.array(True))
-  (params, opt_state, ok), measured = jax.lax.scan(one, start, indices)
+  carry = (state.params, state.opt_state, jnp.array(True))
+  if episodes.logprobs is None:
+    if indices.shape != (1, episodes.tokens.shape[0]):
+      raise ValueError(
+        f"episodes without log-probabilities, in {indices.shape[0]} minibatches"
+        " and epochs: those after the first need what the first began with"
+      )
+    carry, measured, (episodes, goal) = learn(
+      carry, episodes, lambda known: aim(known, lam)
+    )
+  else:
+    goal = aim(episodes, lam)
+
+    def one(carry: Any, rows: Array) -> Any:
+      part, wanted = jax.tree.map(lambda x: x[rows], (episodes, goal))
+      return learn(carry, part, wanted)[:2]
+
+    carry, measured = jax.lax.scan(one, carry, indices)
+  params, opt_state, ok = carry
 
   def kept(new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
@@ -332,63 +351,76 @@ def _gradients(
   params: Params,
   frozen: Params,
   episodes: Episodes,
-  goal: Targets,
+  goal: Targets | Callable[[Episodes], Targets],
   ptx: Any,
   *,
   clip: float,
   value_clip: float,
   ptx_weight: float,
-) -> tuple[Params, dict[str, Mean]]:
-  """Gradient of each model's loss, and what was measured on the way."""
+) -> tuple[Params, dict[str, Mean], tuple[Episodes, Targets]]:
+  """Gradient of each model's loss, what was measured, what was learnt from.
+
+  Models run forward first: where `goal` is a function, it is of what they say.
+  """
   tokens, length, mask = episodes.tokens, episodes.length, episodes.mask
 
-  def of_policy(trained: Params):
-    logprobs, entropy = agent.logprobs(
-      trained, frozen["policy"], tokens, length
+  logprobs, pull, entropy = jax.vjp(
+    _of_trained(agent.logprobs, frozen["policy"], tokens, length),
+    params["policy"],
+    has_aux=True,
+  )
+  pulls, said = {"policy": pull}, {"logprobs": logprobs}
+  critics = [name for name in MODELS[1:] if name in params]
+  for name in critics:
+    field = name.replace("critic", "values")
+    said[field], pulls[name] = jax.vjp(
+      _of_trained(getattr(agent, field), frozen[name], tokens, length),
+      params[name],
     )
-    loss = losses.policy_loss(
-      logprobs, episodes.logprobs, goal.advantages, mask, clip=clip
-    )
-    measured = {
-      "loss_policy": loss,
-      "clip_fraction": losses.clip_fraction(
-        logprobs, episodes.logprobs, goal.advantages, mask, clip=clip
-      ),
-      "entropy": _masked(entropy, mask),
-    }
-    value = loss.value()
-    if ptx is not None and ptx_weight:
-      rows, lengths, imitated = ptx
-      known, _ = agent.logprobs(trained, frozen["policy"], rows, lengths)
-      measured["loss_ptx"] = losses.nll(known, imitated)
-      value = value + ptx_weight * measured["loss_ptx"].value()
-    return value, measured
+  if callable(goal):
+    episodes = episodes._replace(**jax.lax.stop_gradient(said))
+    goal = goal(episodes)
+  wanted = goal
 
-  def of_critic(trained: Params, name: str):
-    function = getattr(agent, name.replace("critic", "values"))
-    values = function(trained, frozen[name], tokens, length)
-    if name == "reward_critic":
-      loss = losses.value_loss(
-        values, episodes.reward_values, goal.returns, mask, clip=value_clip
-      )
-    else:
+  def policy_loss(now: Array) -> tuple[Array, dict[str, Mean]]:
+    losses_of = (now, episodes.logprobs, wanted.advantages, mask)
+    loss = losses.policy_loss(*losses_of, clip=clip)
+    clipped = losses.clip_fraction(*losses_of, clip=clip)
+    return loss.value(), {"loss_policy": loss, "clip_fraction": clipped}
+
+  def critic_loss(now: Array, name: str) -> tuple[Array, dict[str, Mean]]:
+    seen, before, returns = mask, episodes.reward_values, wanted.returns
+    if name == "cost_critic":
       seen = mask[..., None] * episodes.observed[:, None, :]
-      loss = losses.value_loss(
-        values, episodes.cost_values, goal.cost_returns, seen, clip=value_clip
-      )
+      before, returns = episodes.cost_values, wanted.cost_returns
+    loss = losses.value_loss(now, before, returns, seen, clip=value_clip)
     return loss.value(), {f"loss_{name}": loss}
 
-  gradients, measured = {}, {}
-  gradients["policy"], found = jax.grad(of_policy, has_aux=True)(
-    params["policy"]
-  )
-  measured |= found
-  for name in params.keys() - {"policy"}:
-    gradients[name], found = jax.grad(
-      lambda p, name=name: of_critic(p, name), has_aux=True
-    )(params[name])
+  slope, measured = jax.grad(policy_loss, has_aux=True)(logprobs)
+  gradients = {"policy": pulls["policy"](slope)[0]}
+  measured["entropy"] = _masked(entropy, mask)
+  if ptx is not None and ptx_weight:
+    rows, lengths, imitated = ptx
+
+    def imitation(trained: Params) -> tuple[Array, Mean]:
+      known, _ = agent.logprobs(trained, frozen["policy"], rows, lengths)
+      loss = losses.nll(known, imitated)
+      return ptx_weight * loss.value(), loss
+
+    more, measured["loss_ptx"] = jax.grad(imitation, has_aux=True)(
+      params["policy"]
+    )
+    gradients["policy"] = jax.tree.map(jnp.add, gradients["policy"], more)
+  for name in critics:
+    now = said[name.replace("critic", "values")]
+    slope, found = jax.grad(critic_loss, has_aux=True)(now, name)
+    gradients[name] = pulls[name](slope)[0]
     measured |= found
-  return gradients, measured
+  return gradients, measured, (episodes, wanted)
+
+
+def _of_trained(function: Callable[..., Any], *rest: Any) -> Any:
+  return lambda trained: function(trained, *rest)
 
 
 def _masked(x: Array, mask: Array) -> Mean:

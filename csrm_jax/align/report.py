@@ -54,13 +54,15 @@ def _names(updates: Sequence[Mapping[str, Any]]) -> list[str]:
 def summary(run: Mapping[str, Any]) -> dict[str, Any]:
   """The figures of one run.
 
-  Rates over the last `LAST` updates pool the training responses; "start" and
-  "end" are the first and last evaluation on held-out prompts.
+  "last" pools the training responses of the last `LAST` updates, "settled" the
+  held-out responses of all evaluations in them; "start" and "end" are the first
+  and last evaluation.
 
   Returns:
     For each constraint: "limit", violation rates with 95 % Wilson intervals
-    ("last", "start", "end", and "monitor_start", "monitor_end" if a monitor was
-    asked), the last multiplier. And the reward at both ends, its fall in
+    ("last", of the training responses; of the held-out ones "start", "end",
+    "settled", and with "monitor_" before them if a monitor was asked), the last
+    multiplier. And the reward at both ends, its fall in
     standard deviations of the start's responses, KL and length.
   """
   updates, evaluations = run["updates"], run["evaluations"]
@@ -86,6 +88,8 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         for suffix in ("", "_low", "_high"):
           if key + suffix in line:
             found[f"{prefix}{side}{suffix}"] = line[key + suffix]
+    for prefix in ("", "monitor_"):
+      found |= _settled(evaluations, f"{prefix}violation/{name}", prefix)
     constraints[name] = found
   deviation = start["reward_deviation"] or 1.0
   return {
@@ -100,6 +104,17 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
     "length_end": end["length"],
     "seconds": updates[-1]["seconds"],
   }
+
+
+def _settled(
+  evaluations: Sequence[Mapping[str, Any]], key: str, prefix: str
+) -> dict[str, float]:
+  """The rate over all evaluations in the last `LAST` updates, but the first."""
+  after = max(evaluations[0]["step"], evaluations[-1]["step"] - LAST)
+  seen = [e for e in evaluations if e["step"] > after and key in e]
+  count = round(sum(e[key] * e["responses"] for e in seen))
+  total = sum(e["responses"] for e in seen)
+  return rate(f"{prefix}settled", count, total)
 
 
 def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:

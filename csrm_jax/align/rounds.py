@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from csrm_jax import score, storage
 from csrm_jax.align import feedback, order, prompts, rollout
+from csrm_jax.align import setup as setups
 from csrm_jax.align.feedback import (
   ComplianceFunction,
   Constraint,
@@ -88,7 +89,7 @@ def _check(
   chosen = config.align
   if storage.is_remote(workdir):
     raise ValueError(f"--workdir={workdir}: align.rounds needs a local folder")
-  if chosen.rounds < 1 or chosen.method == "best_of_n":
+  if chosen.rounds < 1 or chosen.method in setups.UNTRAINED:
     raise ValueError(
       f"--config.align.rounds={chosen.rounds}, method {chosen.method!r}: give 1"
       " or more rounds of a method that trains a policy"

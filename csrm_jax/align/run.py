@@ -10,6 +10,7 @@ from tqdm import tqdm
 from csrm_jax import checkpoint, peers, sharding, storage
 from csrm_jax.align import agent as agents
 from csrm_jax.align import (
+  constitutional,
   distilling,
   evaluation,
   limits,
@@ -31,7 +32,7 @@ METHODS = (
   *setups.WITH_CRITICS,
   *setups.WITHOUT_CRITICS,
   *setups.PAIRWISE,
-  "best_of_n",
+  *setups.UNTRAINED,
 )
 POLICY = "policy"  # folder of the workdir, for transformers and for more rounds
 State = AlignState | TrainState
@@ -57,13 +58,14 @@ def align(
     workdir: a folder, or gs://BUCKET/FOLDER; receives checkpoints/,
       metrics.jsonl, evaluations.jsonl, responses.jsonl, TensorBoard events,
       config.json, and at the end result.json and policy/, a Hugging Face
-      folder. Method "best_of_n" trains nothing, see `selecting.run`.
+      folder. Methods "best_of_n" and "constitutional" train nothing, see
+      `selecting.run` and `constitutional.run`.
     reward: in place of the reward model's helpfulness.
     compliance: in place of the judge's log-odds.
 
   Returns:
-    What result.json (or best_of_n.json) holds; without "params_sha256" if
-    SIGTERM ended the run early (state is saved).
+    What result.json (best_of_n.json, constitutional.json) holds; without
+    "params_sha256" if SIGTERM ended the run early (state is saved).
 
   Raises:
     ValueError: a key of `config.align` is wrong; the workdir holds another
@@ -94,6 +96,8 @@ def _check(config: Config) -> None:
     distilling.check(config)
   if align.method == "best_of_n":
     selecting.check(config)
+  if align.method == "constitutional":
+    constitutional.check(config)
   if peers.several():
     raise ValueError(
       "launch/align.py runs in one process, on all devices that it sees; this"
@@ -108,10 +112,13 @@ def _align(
   compliance: ComplianceFunction | None,
 ) -> dict[str, Any]:
   setup, params = setups.set_up(config, workdir, reward, compliance)
-  if config.align.method == "best_of_n":
+  if config.align.method in setups.UNTRAINED:
     storage.write_json(workdir / "config.json", config.to_dict())
     held = sharding.shardings(params, setup.mesh)
-    return selecting.run(setup, jax.device_put(params, held))
+    placed = jax.device_put(params, held)
+    if config.align.method == "best_of_n":
+      return selecting.run(setup, placed)
+    return constitutional.run(setup, placed)
   optimizer = setups.make_optimizers(config)
   with checkpoint.opened(workdir, keep=config.keep_checkpoints) as saved:
     state = setups.start(setup, optimizer, params, saved)

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
 from csrm_jax import checkpoint, score, sharding
 from csrm_jax.align import agent as agents
 from csrm_jax.align import (
+  constitution,
   feedback,
   imitation,
   lagrange,
@@ -23,6 +23,7 @@ from csrm_jax.align import (
   ppo,
   prompts,
   rollout,
+  rule_reward,
 )
 from csrm_jax.align.feedback import (
   ComplianceFunction,
@@ -34,6 +35,7 @@ from csrm_jax.align.rollout import Rollouts
 from csrm_jax.config import Config
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.model import reward as reward_models
+from csrm_jax.rules import reward as rule_rewards
 from csrm_jax.storage import AnyPath
 from csrm_jax.train import loop
 from csrm_jax.train import optimizer as optimizers
@@ -43,6 +45,7 @@ WITH_CRITICS = ("ppo", "shaping", "plain")
 WITHOUT_CRITICS = ("grpo", "rloo", "reinforce")
 OFFLINE = ("dpo", "ipo")  # on given pairs
 PAIRWISE = (*OFFLINE, "distill")  # one update on pairs a step, no multipliers
+UNTRAINED = ("best_of_n", "constitutional")  # responses, and no update
 # (tokens [x l], length [x], mask of what to imitate [x l]) of a step.
 Imitation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -60,7 +63,8 @@ class Setup(NamedTuple):
   bound: list[Constraint]
   train: list[prompts.Prompt]
   heldout: list[prompts.Prompt]
-  reward: RewardFunction | None
+  reward: RewardFunction | None  # the rule-based part included
+  rules: rule_rewards.RuleReward | None
   compliance: ComplianceFunction
   monitor: ComplianceFunction | None
   networks: agents.Networks
@@ -81,6 +85,8 @@ def set_up(
   offline = align.method in OFFLINE
   optional = offline and not align.specs
   bound = [] if optional else feedback.constraints(config)
+  if align.method == "constitutional":
+    bound += constitution.principles(bound)
   train: list[prompts.Prompt] = []
   heldout: list[prompts.Prompt] = []
   if bound or align.reward or reward is not None:
@@ -92,9 +98,14 @@ def set_up(
   judge = score.load(align.judge or str(score.SHIPPED)) if bound else None
   rewarder = score.load(align.reward) if align.reward else judge
   if reward is None and rewarder is not None:
-    needed = not offline and align.method != "best_of_n"
+    needed = not offline and align.method not in UNTRAINED
     if needed or align.reward or align.reward_spec or rewarder.has_helpfulness:
       reward = feedback.reward_of(rewarder, spec=align.reward_spec)
+  rules = rule_reward.rules_of(config, judge, bound)
+  if rules is not None and reward is not None:
+    reward = rule_rewards.total(reward, rules, weight=align.rbr_weight)
+  if reward is not None:
+    reward = feedback.scaled(reward, align.reward_scale)
   if compliance is None:
     compliance = feedback.compliance_of(judge, bound)
   monitor = None
@@ -108,7 +119,9 @@ def set_up(
   if align.method in WITH_CRITICS and judge and rewarder:
     critics, started = _critics(config, policy, rewarder, judge, len(bound))
     networks, params = networks._replace(**critics), params | started
-  trained, frozen = agents.split(networks, params)
+  trained, frozen = agents.split(
+    networks, params, heads_only=heads_only(config)
+  )
   frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
   setup = Setup(
     config=config,
@@ -118,6 +131,7 @@ def set_up(
     train=train,
     heldout=heldout,
     reward=reward,
+    rules=rules,
     compliance=compliance,
     monitor=monitor,
     networks=networks,
@@ -190,6 +204,20 @@ def _policy(
   )
 
 
+def heads_only(config: Config) -> bool:
+  """Whether critics train their heads alone.
+
+  Raises:
+    ValueError: align.critic_trains is neither "all" nor "head".
+  """
+  chosen = config.align.critic_trains
+  if chosen not in ("all", "head"):
+    raise ValueError(
+      f"--config.align.critic_trains={chosen!r}: use one of 'all', 'head'"
+    )
+  return chosen == "head"
+
+
 def _critics(
   config: Config,
   policy: reward_models.RewardModel,
@@ -199,17 +227,20 @@ def _critics(
 ) -> tuple[dict[str, Any], Params]:
   """Critics of the reward and of k constraints, their first parameters."""
   keys = jax.random.split(jax.random.key(config.seed), 3)
-  reward_critic = agents.critic_model(rewarder.model, policy)
+  still = heads_only(config)
+  reward_critic = agents.critic_model(rewarder.model, policy, heads_only=still)
   reward_params = agents.critic(
     reward_critic,
     rewarder.params,
     keys[1],
-    rows=rewarder.params["head"]["kernel"][1:],
+    rows=config.align.reward_scale * rewarder.params["head"]["kernel"][1:],
     bias=jnp.zeros(1, jnp.float32),
+    alpha=rewarder.model.lora_alpha,
+    heads_only=still,
   )
   cost_row = -judge.params["head"]["kernel"][:1] / judge.temperature
   rate = config.align.cost == "rate"
-  cost_critic = agents.critic_model(judge.model, policy)
+  cost_critic = agents.critic_model(judge.model, policy, heads_only=still)
   cost_params = agents.critic(
     cost_critic,
     judge.params,
@@ -217,6 +248,8 @@ def _critics(
     # sigmoid(c) is c / 4 + 1/2 near 0: so a rate starts from its logit.
     rows=jnp.tile(cost_row / 4 if rate else cost_row, (k, 1)),
     bias=jnp.full(k, 0.5 if rate else 0.0, jnp.float32),
+    alpha=judge.model.lora_alpha,
+    heads_only=still,
   )
   critics = {"reward_critic": reward_critic, "cost_critic": cost_critic}
   return critics, {"reward_critic": reward_params, "cost_critic": cost_params}
@@ -362,12 +395,19 @@ def compile_update(
   )
 
 
-def compile_estimates(setup: Setup) -> Callable[..., dict[str, Array]]:
+def sees_once(config: Config) -> bool:
+  """Whether an update sees all its responses once, all at a time."""
+  return config.align.epochs * config.align.minibatches == 1
+
+
+def compile_estimates(setup: Setup) -> Callable[..., dict[str, Any]]:
   """`agents.estimates` under jit on the mesh."""
-  mesh = setup.mesh
+  mesh, once = setup.mesh, sees_once(setup.config)
 
   def estimates(trained, frozen, tokens, length):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return agents.estimates(setup.agent, trained, frozen, tokens, length)
+      return agents.estimates(
+        setup.agent, trained, frozen, tokens, length, once=once
+      )
 
   return jax.jit(estimates, out_shardings=sharding.batch_sharding(mesh))

@@ -76,7 +76,10 @@ def program(config: Config, devices: list[Any]) -> Program:
   length = align.prompt_length + align.response_length
   policy, _ = reward.make(config.model, row_length=length, language_model=True)
   networks, params = _models(policy, len(bound), config)
-  trained, frozen = jax.eval_shape(lambda p: agents.split(networks, p), params)
+  trained, frozen = jax.eval_shape(
+    lambda p: agents.split(networks, p, heads_only=setups.heads_only(config)),
+    params,
+  )
   optimizer = setups.make_optimizers(config)
   state = jax.eval_shape(
     lambda p: setups.first_state(
@@ -92,7 +95,8 @@ def program(config: Config, devices: list[Any]) -> Program:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 
   k, whole = len(bound), jnp.int32
-  critics = networks.reward_critic is not None
+  once = setups.sees_once(config)  # then the update finds them itself
+  critics = networks.reward_critic is not None and not once
   ptx = None
   if align.ptx_weight:
     x = align.ptx_rows
@@ -103,7 +107,7 @@ def program(config: Config, devices: list[Any]) -> Program:
     length=field(n, dtype=whole),
     mask=field(n, length),
     group=field(n, dtype=whole),
-    logprobs=field(n, length),
+    logprobs=None if once else field(n, length),
     reference_logprobs=field(n, length),
     rewards=field(n),
     costs=field(n, k),
@@ -123,7 +127,8 @@ def _models(
   if config.align.method in setups.WITHOUT_CRITICS:
     return agents.Networks(policy), shapes
   trunk = dataclasses.replace(policy, keep_lm_head=False, lora_rank=0)
-  model = agents.critic_model(trunk, policy)
+  still = setups.heads_only(config)
+  model = agents.critic_model(trunk, policy, heads_only=still)
 
   def critic(key: jax.Array, count: int) -> Params:
     width = trunk.architecture.width
@@ -133,6 +138,7 @@ def _models(
       key,
       rows=jnp.zeros((count, width), jnp.float32),
       bias=jnp.zeros(count, jnp.float32),
+      heads_only=still,
     )
 
   for name, count in (("reward_critic", 1), ("cost_critic", k)):
