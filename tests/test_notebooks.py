@@ -1,4 +1,4 @@
-"""The notebook: it runs from top to bottom, and what is committed is whole."""
+"""The notebooks: they run from top to bottom, what is committed is whole."""
 
 import base64
 import copy
@@ -16,11 +16,14 @@ import nbclient
 import nbformat
 import pytest
 
+from configs import tiny
 from csrm_jax.model.pretrained import SMOLLM2_INSTALL
 from csrm_jax.score import SHIPPED
+from csrm_jax.train.loop import fit
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "swap_the_spec.ipynb"
+LAGRANGIAN = ROOT / "notebooks" / "lagrangian_ppo.ipynb"
 # Run behind the notebook, in its kernel: what its cells found.
 PROBE = """
 print(json.dumps({
@@ -37,11 +40,15 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def committed():
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
+def _read(path):
+  notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
   return notebook
+
+
+@pytest.fixture(scope="module")
+def committed():
+  return _read(NOTEBOOK)
 
 
 def _code(notebook):
@@ -71,13 +78,22 @@ def test_committed_in_one_run_without_errors(committed):
   assert not [o for o in _outputs(committed) if o.get("name") == "stderr"]
 
 
-def test_committed_with_plots_and_tables_but_small(committed):
+def test_committed_with_plots_but_small(committed):
   images = _images(committed)
   assert len(images) == 3
   assert all(i.startswith(b"\x89PNG") and len(i) > 5_000 for i in images)
+  assert NOTEBOOK.stat().st_size < 500_000
+
+
+def test_committed_with_tables(committed):
   printed = _printed(_outputs(committed))
   assert re.search(r"^\d of 8 conversations get another verdict", printed, re.M)
-  assert NOTEBOOK.stat().st_size < 500_000
+
+
+def test_the_notebooks_set_up_alike(committed):
+  # What is tested of the first cell below then holds for all.
+  other = _code(_read(LAGRANGIAN))
+  assert other[0].source == _code(committed)[0].source
 
 
 def test_committed_outputs_name_no_place_of_the_machine(committed):
@@ -176,6 +192,29 @@ def test_on_colab_the_reader_uploads(committed, monkeypatch):
   shutil.rmtree(namespace["FOLDER"])
 
 
+def _run(notebook, tmp_path, monkeypatch, *, probe):
+  """A copy, run where it can leave nothing behind in the repository."""
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  for name in ("csrm_jax", "configs", "specs", "models"):
+    if (ROOT / name).exists():
+      (tmp_path / name).symlink_to(ROOT / name)
+  here = tmp_path / "notebooks"
+  here.mkdir()
+  notebook = copy.deepcopy(notebook)
+  for cell in _code(notebook):
+    cell.outputs, cell.execution_count = [], None
+  notebook.cells.append(nbformat.v4.new_code_cell(probe))
+  nbclient.NotebookClient(
+    notebook,
+    timeout=1800,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(here)}},
+  ).execute()
+  assert list(here.iterdir()) == []  # it leaves nothing behind
+  assert len(_images(notebook)) == 3
+  return notebook
+
+
 @pytest.mark.slow
 def test_runs_from_top_to_bottom(committed, tmp_path, monkeypatch):
   judge = os.environ.get("CSRM_JUDGE")
@@ -183,26 +222,8 @@ def test_runs_from_top_to_bottom(committed, tmp_path, monkeypatch):
     monkeypatch.setenv("CSRM_JUDGE", str(Path(judge).resolve()))
   elif not SHIPPED.is_dir():
     pytest.skip(f"no judge: {SHIPPED} is not there, CSRM_JUDGE names none")
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  for name in ("csrm_jax", "specs", "models"):
-    if (ROOT / name).exists():
-      (tmp_path / name).symlink_to(ROOT / name)
-  here = tmp_path / "notebooks"
-  here.mkdir()
-  notebook = copy.deepcopy(committed)
-  for cell in _code(notebook):
-    cell.outputs, cell.execution_count = [], None
-  notebook.cells.append(nbformat.v4.new_code_cell(PROBE))
+  notebook = _run(committed, tmp_path, monkeypatch, probe=PROBE)
 
-  nbclient.NotebookClient(
-    notebook,
-    timeout=1800,
-    kernel_name="python3",
-    resources={"metadata": {"path": str(here)}},
-  ).execute()
-
-  assert len(_images(notebook)) == 3
-  assert list(here.iterdir()) == []  # it leaves nothing behind
   found = json.loads(_printed(_code(notebook)[-1].outputs))
   printed = _printed(_outputs(notebook))
   verdicts = found["verdicts"]
@@ -226,3 +247,41 @@ def test_runs_from_top_to_bottom(committed, tmp_path, monkeypatch):
   assert found["counts"]["quarantined"] == 2
   assert "example.jsonl:4: field 'messages[0].role'" in printed
   assert "example.jsonl:5: field 'spec': missing" in printed
+
+
+@pytest.mark.slow
+def test_two_specs_make_two_policies(tmp_path, monkeypatch):
+  config = tiny.get_config()
+  config.steps = 1
+  config.batch_rows = 2
+  config.data.examples = 8
+  fit(config, tmp_path / "judge")
+  monkeypatch.setenv("CSRM_JUDGE", str(tmp_path / "judge"))
+  monkeypatch.setenv("CSRM_POLICY", "random")
+  monkeypatch.setenv("CSRM_UPDATES", "2")
+  notebook = _run(
+    _read(LAGRANGIAN),
+    tmp_path,
+    monkeypatch,
+    probe="""
+print(json.dumps({
+  "rates": rates,
+  "lines": {n: read(w, "metrics.jsonl") for n, w in RUNS.items()},
+}))
+""",
+  )
+  found = json.loads(_printed(_code(notebook)[-1].outputs))
+  printed = _printed(_outputs(notebook))
+  assert set(found["rates"]) == {
+    "before",
+    "after clinic_desk",
+    "after study_hall",
+  }
+  for policy, by_spec in found["rates"].items():
+    both = r" +".join(f"{rate:.2f}" for rate in by_spec.values())
+    assert re.search(rf"^{policy} +{both}$", printed, re.M), policy
+  assert set(found["lines"]) == {"clinic_desk", "study_hall"}
+  for name, lines in found["lines"].items():
+    assert [line["step"] for line in lines] == [1, 2]
+    # An untrained judge is at one half, far above the limit.
+    assert lines[1][f"lam/{name}"] > lines[0][f"lam/{name}"] > 2.0
