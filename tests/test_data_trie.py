@@ -119,10 +119,6 @@ def test_longer_than_a_row_is_an_error_with_the_remedy(pairs):
     pack([Example("a", parts, pairs)], row_length=8, slots=4, pairs=2)
 
 
-def scores(model, params, batch):
-  return model.apply(params, jax.tree.map(jnp.asarray, batch))
-
-
 def test_packed_equals_alone():
   """Scores and gradients in a trie are those of separate sequences."""
   examples = packing.families(number=8)
@@ -144,8 +140,15 @@ def test_packed_equals_alone():
       single.append(one.batch)
   single = Batch(*(np.concatenate(leaf) for leaf in zip(*single, strict=True)))
 
-  def total(params, batch, used):
-    return jnp.sum(jnp.sin(scores(model, params, batch)) * used[..., None])
+  @jax.jit
+  def scored(params, batch, used):
+    """The gradient of a sum of functions of all scores; the scores."""
+
+    def total(params):
+      z = model.apply(params, batch)
+      return jnp.sum(jnp.sin(z) * used[..., None]), z
+
+    return jax.grad(total, has_aux=True)(params)
 
   def used(packed):
     mask = np.zeros(packed.batch.readout.shape, np.float32)
@@ -153,15 +156,15 @@ def test_packed_equals_alone():
       mask[row, : len(slots)] = 1
     return mask
 
-  expected = jax.grad(total)(params, single, np.ones((16, 1), np.float32))
-  z = np.asarray(scores(model, params, single))[:, 0]
+  expected, z = scored(params, single, np.ones((16, 1), np.float32))
+  z = np.asarray(z)[:, 0]
   for packed in (together, alone):
-    found = np.asarray(scores(model, params, packed.batch))
+    gradient, found = scored(params, packed.batch, used(packed))
+    found = np.asarray(found)
     for row, slots in enumerate(packed.where):
       for slot, (e, s) in enumerate(slots):
         index = 2 * e + s if packed is together else e
         np.testing.assert_allclose(found[row, slot], z[index], atol=1e-5)
-    gradient = jax.grad(total)(params, packed.batch, used(packed))
     for a, b in zip(
       jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True
     ):
@@ -182,12 +185,16 @@ def test_neighbour_gradient_is_zero():
   table = params["embed"]["embedding"][batch.tokens[0]]
   batch = batch._replace(tokens=jnp.arange(length)[None])
 
-  def z(table, slot):
-    own = params | {"embed": {"embedding": table}}
-    return model.apply(own, batch)[0, slot, 0]
+  @jax.jit
+  def slope(table, slot):
+    def z(table):
+      own = params | {"embed": {"embedding": table}}
+      return model.apply(own, batch)[0, slot, 0]
+
+    return jax.grad(z)(table)
 
   for slot in range(len(packed.where[0])):
-    gradient = np.abs(jax.grad(z)(table, slot)).sum(-1)
+    gradient = np.abs(slope(table, slot)).sum(-1)
     path = path_to(packed.batch, 0, packed.batch.readout[0, slot])
     outside = np.setdiff1d(np.arange(length), path)
     assert (gradient[outside] == 0).all()

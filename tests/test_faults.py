@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 import pytest
 
@@ -67,27 +66,6 @@ def rows(tmp_path_factory):
   made = sources.load("synthetic", path=None, seed=0, limit=16)
   path.write_text("".join(json.dumps(row) + "\n" for row in made))
   return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Runs here differ in their fortunes, not in their programs."""
-  folder = jax.config.jax_compilation_cache_dir
-  folder = folder or str(tmp_path_factory.mktemp("programs"))
-  changes = {
-    "jax_compilation_cache_dir": folder,
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in changes}
-  monkeypatch = pytest.MonkeyPatch()
-  for name, value in changes.items():
-    jax.config.update(name, value)
-    monkeypatch.setenv(name.upper(), str(value))
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ print(compiled.as_text().count('custom_call_target="tpu_custom_call"'))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
 def test_forward_and_backward_compile_for_a_tpu():
   """For four chips of a v5e: both head widths, both dtypes, and splash."""
   if importlib.util.find_spec("libtpu") is None:

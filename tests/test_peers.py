@@ -198,6 +198,7 @@ def four(tmp_path_factory):
 def test_four_processes_equal_one(alone, four):
   assert_same_run(four, alone)
   made = result(four)
+  assert (made["processes"], result(alone)["processes"]) == (4, 1)
   assert made["calibration_rows"] == result(alone)["calibration_rows"] > 0
   assert made["temperature"] == pytest.approx(result(alone)["temperature"], 0.1)
   restored = checkpoint.restore_params(four)

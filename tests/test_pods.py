@@ -19,6 +19,7 @@ from csrm_jax.model import reward, sizes
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.pods import advise, ahead, chips, hlo, roofline
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 ROOT = Path(__file__).parent.parent
 
 # In the form that XLA prints: a loop of 30 around a fused gather, a loop of

@@ -18,6 +18,7 @@ from csrm_jax.pods import ahead, alignment, roofline
 from tests import tiny
 from tests.test_pods import ROOT, compile_for
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 TINY = sizes.SIZES["llama3_8b"] | {
   "vocab_size": 512,
   "hidden_size": 64,

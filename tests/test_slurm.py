@@ -127,6 +127,7 @@ def test_two_tasks_equal_one_process(two, alone):
   assert "Slurm: 2 processes" in two.log.read_text()
   assert_same_run(two.workdir, alone)
   made = result(two.workdir)
+  assert made["processes"] == 2
   restored = checkpoint.restore_params(two.workdir)
   assert made["params_sha256"] == checkpoint.params_sha256(restored)
   newest = two.workdir / "checkpoints" / str(STEPS) / "params"

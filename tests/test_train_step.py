@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -29,15 +30,33 @@ def ready(**changes):
   return model, optimizer, state
 
 
+def compiled(model, *, microbatches=1):
+  """`steps.loss_and_gradients` of (params, batch)."""
+
+  def call(params, batch):
+    return steps.loss_and_gradients(
+      model, params, batch, weights=WEIGHTS, microbatches=microbatches
+    )
+
+  return jax.jit(call)
+
+
+def one_step(model, optimizer):
+  """`steps.train_step` of (state, batch)."""
+  return jax.jit(
+    functools.partial(
+      steps.train_step, model=model, optimizer=optimizer, weights=WEIGHTS
+    )
+  )
+
+
 @pytest.mark.slow
 def test_verbaliser_learns_format_and_helpfulness():
   model, _, state = ready(head="verbaliser")
   # Every kind of pair.
   batch = jax.tree.map(jnp.asarray, packing.packed(6).batch)
-  loss, terms, gradient = steps.loss_and_gradients(
-    model, state.params, batch, weights=WEIGHTS
-  )
-  readouts, logits = model.apply_with_logits(state.params, batch)
+  loss, terms, gradient = compiled(model)(state.params, batch)
+  readouts, logits = jax.jit(model.apply_with_logits)(state.params, batch)
   nats = losses.verbaliser_cross_entropy(
     logits, batch.label, batch.label_weight, safe=(3,), unsafe=(4,)
   )
@@ -56,10 +75,11 @@ def test_verbaliser_learns_format_and_helpfulness():
 def test_gradient_is_that_of_the_written_loss():
   model, _, state = ready()
   batch = batch_of(4)
-  loss, terms, gradient = steps.loss_and_gradients(
-    model, state.params, batch, weights=WEIGHTS
+  evaluated = compiled(model)
+  loss, terms, gradient = evaluated(state.params, batch)
+  z, h = np.moveaxis(
+    np.asarray(jax.jit(model.apply)(state.params, batch)), -1, 0
   )
-  z, h = np.moveaxis(np.asarray(model.apply(state.params, batch)), -1, 0)
   weight = np.asarray(batch.label_weight)
   nats = np.logaddexp(0, z) - np.asarray(batch.label) * z
   expected = (weight * nats).sum() / weight.sum()
@@ -86,7 +106,7 @@ def test_gradient_is_that_of_the_written_loss():
       direction,
     )
     params = model.join(shifted, model.split(state.params)[1])
-    return steps.loss_and_gradients(model, params, batch, weights=WEIGHTS)[0]
+    return evaluated(params, batch)[0]
 
   slope = (moved(1) - moved(-1)) / (2 * eps)
   inner = sum(
@@ -98,17 +118,20 @@ def test_gradient_is_that_of_the_written_loss():
   np.testing.assert_allclose(slope, inner, rtol=2e-2)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_accumulation_equals_one_batch(microbatches):
+@pytest.fixture(scope="module")
+def of_eight():
+  """Model, state, 8 rows, and what one batch of them gives."""
   model, _, state = ready()
   batch = batch_of(8)
+  return model, state, batch, compiled(model)(state.params, batch)
 
-  def of(n):
-    return steps.loss_and_gradients(
-      model, state.params, batch, weights=WEIGHTS, microbatches=n
-    )
 
-  (loss, terms, gradient), (one, one_terms, expected) = of(microbatches), of(1)
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_equals_one_batch(of_eight, microbatches):
+  model, state, batch, (one, one_terms, expected) = of_eight
+  loss, terms, gradient = compiled(model, microbatches=microbatches)(
+    state.params, batch
+  )
   np.testing.assert_allclose(loss, one, rtol=1e-6)
   for name in terms:
     np.testing.assert_allclose(terms[name].total, one_terms[name].total, 1e-5)
@@ -125,32 +148,38 @@ from csrm_jax import sharding
 from csrm_jax.train import step as steps
 from tests.test_train_step import WEIGHTS, batch_of, ready
 
-replica, fsdp, tensor = map(int, sys.argv[2].split(","))
-model, optimizer, state = ready()
-mesh = sharding.make_mesh(replica=replica, fsdp=fsdp, tensor=tensor)
-abstract = jax.eval_shape(lambda: state)
-step = steps.compile_step(
-  abstract, mesh, model=model, optimizer=optimizer, weights=WEIGHTS,
-  microbatches=int(sys.argv[3]),
-)
-state = jax.device_put(state, sharding.shardings(abstract, mesh))
-losses = []
-for i in range(4):
-  batch = jax.device_put(batch_of(16, 100 * i), sharding.batch_sharding(mesh))
-  state, metrics = step(state, batch)
-  losses.append(float(metrics["loss"]))
-leaves = {
-  sharding.path_name(p): np.asarray(x)
-  for p, x in jax.tree_util.tree_leaves_with_path(state.params)
-}
-np.savez(sys.argv[1], losses=losses, **leaves)
+folder, *layouts = sys.argv[1:]
+batches = [batch_of(16, 100 * i) for i in range(4)]
+for layout in layouts:
+  replica, fsdp, tensor, microbatches = map(int, layout.split(","))
+  model, optimizer, state = ready()
+  mesh = sharding.make_mesh(replica=replica, fsdp=fsdp, tensor=tensor)
+  abstract = jax.eval_shape(lambda: state)
+  step = steps.compile_step(
+    abstract, mesh, model=model, optimizer=optimizer, weights=WEIGHTS,
+    microbatches=microbatches,
+  )
+  state = jax.device_put(state, sharding.shardings(abstract, mesh))
+  losses = []
+  for batch in batches:
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+  leaves = {
+    sharding.path_name(p): np.asarray(x)
+    for p, x in jax.tree_util.tree_leaves_with_path(state.params)
+  }
+  np.savez(f"{folder}/{layout}.npz", losses=losses, **leaves)
 """
 
 
-def run_on(devices: int, mesh: str, microbatches: int, path):
-  """Four steps in a process with so many simulated devices."""
+def run_on(devices: int, folder, *layouts: str):
+  """Four steps with each layout, in a process with so many devices.
+
+  Layouts are "replica,fsdp,tensor,microbatches"; the devices are simulated.
+  """
   done = subprocess.run(
-    [sys.executable, "-c", _SEVERAL, str(path), mesh, str(microbatches)],
+    [sys.executable, "-c", _SEVERAL, str(folder), *layouts],
     env={
       **os.environ,
       "JAX_PLATFORMS": "cpu",
@@ -161,18 +190,18 @@ def run_on(devices: int, mesh: str, microbatches: int, path):
   )
   assert done.returncode == 0, done.stderr[-3000:]
   assert "Involuntary full rematerialization" not in done.stderr
-  return np.load(path)
+  return [np.load(folder / f"{layout}.npz") for layout in layouts]
 
 
 def test_accumulation_and_devices_agree(tmp_path):
   """1, 2, 4 micro-batches; 1 and 8 devices: one trajectory."""
-  expected = run_on(1, "1,1,1", 1, tmp_path / "one.npz")
-  others = [(1, "1,1,1", 4), (8, "2,2,2", 1), (8, "1,8,1", 2), (8, "1,2,4", 4)]
-  for i, (devices, mesh, microbatches) in enumerate(others):
-    found = run_on(devices, mesh, microbatches, tmp_path / f"{i}.npz")
+  expected, four = run_on(1, tmp_path, "1,1,1,1", "1,1,1,4")
+  meshes = ("2,2,2,1", "1,8,1,2", "1,2,4,4")
+  others = [four, *run_on(8, tmp_path, *meshes)]
+  for layout, found in zip(("1,1,1,4", *meshes), others, strict=True):
     for name in expected.files:
       np.testing.assert_allclose(
-        found[name], expected[name], atol=1e-4, err_msg=f"{name} on {mesh}"
+        found[name], expected[name], atol=1e-4, err_msg=f"{name} on {layout}"
       )
     np.testing.assert_allclose(found["losses"], expected["losses"], atol=1e-5)
 
@@ -181,11 +210,7 @@ def test_step_learns_and_counts():
   model, optimizer, state = ready()
   batch = batch_of(4)
   real = float(packing.trie_tokens(batch))
-  step = jax.jit(
-    lambda s, b: steps.train_step(
-      s, b, model=model, optimizer=optimizer, weights=WEIGHTS
-    )
-  )
+  step = one_step(model, optimizer)
   first = None
   for _ in range(15):
     state, metrics = step(state, batch)
@@ -199,9 +224,8 @@ def test_non_finite_step_is_skipped_and_counted():
   model, optimizer, state = ready()
   batch = batch_of(2)
   poisoned = batch._replace(label_weight=batch.label_weight * jnp.nan)
-  after, metrics = steps.train_step(
-    state, poisoned, model=model, optimizer=optimizer, weights=WEIGHTS
-  )
+  step = one_step(model, optimizer)
+  after, metrics = step(state, poisoned)
   assert int(after.skipped) == int(after.skipped_in_a_row) == 1
   assert not np.isfinite(float(metrics["loss"]))
   for a, b in zip(
@@ -210,9 +234,7 @@ def test_non_finite_step_is_skipped_and_counted():
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
-  after, _ = steps.train_step(
-    after, batch, model=model, optimizer=optimizer, weights=WEIGHTS
-  )
+  after, _ = step(after, batch)
   assert int(after.skipped) == 1 and int(after.skipped_in_a_row) == 0
 
 
@@ -221,9 +243,7 @@ def test_non_finite_step_is_skipped_and_counted():
 )
 def test_frozen_parameters_stay_and_have_no_moments(changes):
   model, optimizer, state = ready(**changes)
-  after, _ = steps.train_step(
-    state, batch_of(2), model=model, optimizer=optimizer, weights=WEIGHTS
-  )
+  after, _ = one_step(model, optimizer)(state, batch_of(2))
   trained, frozen = model.split(after.params)
   _, before = model.split(state.params)
   for a, b in zip(

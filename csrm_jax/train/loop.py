@@ -99,6 +99,7 @@ def _fit(config: Config, workdir: AnyPath) -> dict[str, Any]:
       print(f"stopped at step {result['step']}; saved, run again to go on")
     return result
   result["params_sha256"] = checkpoint.params_sha256(state.params)
+  result |= {"processes": jax.process_count(), "devices": jax.device_count()}
   del state
 
   def finish() -> dict[str, Any]:

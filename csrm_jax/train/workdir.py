@@ -32,6 +32,8 @@ _FREE_KEYS = (
 )
 _AGAIN = "bring it back, or name a new --workdir"
 LOG = "metrics.jsonl"
+# What a run has done that trains nothing, see `align/constitutional.py`.
+REVISIONS = "revisions.jsonl"
 EVENTS = "tensorboard"
 
 
@@ -170,7 +172,7 @@ def _check_rows(workdir: AnyPath, fingerprint: str) -> None:
 
 
 def _begun(workdir: AnyPath) -> bool:
-  return (workdir / "checkpoints").is_dir()
+  return (workdir / "checkpoints").is_dir() or (workdir / REVISIONS).is_file()
 
 
 def _described(workdir: AnyPath) -> dict[str, Any]:
