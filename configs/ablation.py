@@ -17,7 +17,7 @@ def get_config():
   # Adapters on all layers beat the upper layers themselves; docs/decisions.md.
   c.model.lora_rank = 16
   c.model.lora_alpha = 32.0
-  c.model.remat = "none"
+  c.model.remat = "layer"
   c.model.dtype = "mixed"
   c.optimizer.lr = 1e-3
   c.loss.spec = 1.0

@@ -8,16 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 
 from csrm_jax import storage
 from csrm_jax.align.evaluation import EVALUATIONS, rate
-from csrm_jax.eval.plots import BLUE, GREY, ORANGE
+from csrm_jax.eval.plots import BLUE, GREY, ORANGE, save, subplots
 
 LAST = 20  # updates that "stays below its limit" is judged over
 _COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8e5ea2", "#b3261e", GREY)
@@ -122,7 +117,7 @@ def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
   updates, names = run["updates"], run["constraints"]
   evaluations = run["evaluations"]
   step = [u["step"] for u in updates]
-  figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.0), sharex=True)
+  figure, axes = subplots(2, 2, figsize=(9.0, 6.0), sharex=True)
   limits = summary(run)["constraints"]
   for i, name in enumerate(names[: len(_COLOURS)]):
     colour = _COLOURS[i]
@@ -169,9 +164,7 @@ def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
   for ax in axes[1]:
     ax.set_xlabel("update")
   figure.suptitle(title)
-  figure.tight_layout()
-  figure.savefig(path, dpi=130)
-  plt.close(figure)
+  save(figure, path)
 
 
 def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
@@ -180,7 +173,7 @@ def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
   The violation rate of several constraints is their mean. Runs of method
   "shaping" are joined in the order of their weight.
   """
-  figure, ax = plt.subplots(figsize=(6.0, 4.5))
+  figure, ax = subplots(figsize=(6.0, 4.5))
   points: dict[str, list[tuple[float, ...]]] = {}
   for name, run in runs.items():
     end, names = run["evaluations"][-1], run["constraints"]
@@ -213,9 +206,7 @@ def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     )
   ax.set(xlabel="violation rate", ylabel="reward (helpfulness)", xlim=(0, None))
   ax.legend(fontsize=8)
-  figure.tight_layout()
-  figure.savefig(path, dpi=130)
-  plt.close(figure)
+  save(figure, path)
 
 
 def report(

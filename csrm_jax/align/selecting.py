@@ -16,7 +16,7 @@ from csrm_jax.align.setup import Setup
 from csrm_jax.config import Config
 from csrm_jax.eval import overoptimisation, plots
 from csrm_jax.eval.overoptimisation import Point
-from csrm_jax.eval.plots import plt
+from csrm_jax.eval.plots import subplots
 from csrm_jax.types import Params
 
 REPORT = "best_of_n.json"
@@ -147,7 +147,7 @@ def _write_responses(
 
 def draw(points: Sequence[Point], path: str) -> None:
   """Proxy and gold over the square root of the KL, with 95 % intervals."""
-  figure, axis = plt.subplots(figsize=(6, 4.2))
+  figure, axis = subplots(figsize=(6, 4.2))
   at = np.sqrt([p.kl for p in points])
   for name, color in (("proxy", plots.ORANGE), ("gold", plots.BLUE)):
     values = np.array([getattr(p, name) for p in points])

@@ -18,7 +18,7 @@ from csrm_jax.eval.checks_policy import Audited, Sample
 from csrm_jax.eval.checks_spec import Result, result
 from csrm_jax.eval.measured import labels, remember, scores
 from csrm_jax.eval.overoptimisation import Point
-from csrm_jax.eval.plots import plt
+from csrm_jax.eval.plots import subplots
 
 PHASES = ("before", "after")
 # Checks with a bound on their size, for the picture.
@@ -220,7 +220,7 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
 
 def draw(found: Mapping[str, Any], path: str | Path) -> None:
   """Left gold and proxy over sqrt(KL), right the checks against their marks."""
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+  figure, (left, right) = subplots(1, 2, figsize=(11, 4.2))
   points = found["over_kl"]["points"]
   at = np.sqrt([p["kl"] for p in points])
   for name, color in (("proxy", plots.ORANGE), ("gold", plots.BLUE)):

@@ -5,14 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.special import expit
 
 from csrm_jax import metrics
@@ -39,12 +35,31 @@ class Scored(NamedTuple):
   temperature: float = 1.0
 
 
+def subplots(
+  rows: int = 1,
+  columns: int = 1,
+  *,
+  figsize: tuple[float, float],
+  **grid: Any,
+) -> tuple[Figure, Any]:
+  """As `pyplot.subplots`, without pyplot: its state and backend stay a user's.
+
+  Args:
+    rows: of axes.
+    columns: of axes.
+    figsize: width and height, inches.
+    **grid: further keywords of `Figure.subplots`.
+  """
+  figure = Figure(figsize=figsize)
+  return figure, figure.subplots(rows, columns, **grid)
+
+
 def reliability(scored: Mapping[str, Scored], path: str | Path) -> None:
   """A reliability diagram per suite: bins with Wilson intervals, a curve.
 
   The grey curve is before calibration, the histogram shows where rows lie.
   """
-  figure, axes = plt.subplots(
+  figure, axes = subplots(
     2,
     len(scored),
     figsize=(4.2 * len(scored), 5.0),
@@ -113,7 +128,7 @@ def flips(
     scored: the model's own scores for them.
     path: of the PNG.
   """
-  figure, axes = plt.subplots(
+  figure, axes = subplots(
     len(suites), 2, figsize=(11, 3.2 * len(suites)), squeeze=False
   )
   for (left, right), (name, suite) in zip(axes, suites.items(), strict=True):
@@ -191,7 +206,7 @@ def training(workdir: str | Path, path: str | Path) -> bool:
     for key in sorted({k for line in lines for k in line})
     if key == "loss" or key.startswith("loss_")
   ]
-  figure, (top, bottom) = plt.subplots(
+  figure, (top, bottom) = subplots(
     2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1)
   )
   steps = np.array([line["step"] for line in lines])
@@ -231,4 +246,3 @@ def save(figure: Any, path: str | Path) -> None:
     axis.tick_params(labelsize=8)
   figure.tight_layout()
   figure.savefig(path, dpi=130)
-  plt.close(figure)

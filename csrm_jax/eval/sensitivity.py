@@ -15,7 +15,7 @@ from csrm_jax.eval import margins, plots, probes
 from csrm_jax.eval.baselines import Judge
 from csrm_jax.eval.cases import Case
 from csrm_jax.eval.measured import remember
-from csrm_jax.eval.plots import plt
+from csrm_jax.eval.plots import subplots
 
 # Shares in the summary picture: (probe, number, whether 1 is good).
 _SHARES = (
@@ -120,7 +120,7 @@ def summary(found: Mapping[str, Any], path: str | Path) -> bool:
   ]
   if not bars:
     return False
-  figure, axis = plt.subplots(figsize=(8, 0.8 + 0.34 * len(bars)))
+  figure, axis = subplots(figsize=(8, 0.8 + 0.34 * len(bars)))
   for at, (_, values, name, good) in enumerate(bars):
     value = values[name]
     low, high = values["intervals"].get(name, (value, value))
@@ -149,7 +149,7 @@ def distractors(found: Mapping[str, Any], path: str | Path) -> bool:
   counts = probe.get("curve", {}).get("rules", [])
   if not any(f"f1_unsafe_{k}" in probe for k in counts):
     return False
-  figure, axis = plt.subplots(figsize=(6, 4))
+  figure, axis = subplots(figsize=(6, 4))
   for name, color in (("f1_unsafe", plots.BLUE), ("auroc", plots.ORANGE)):
     known = [k for k in counts if f"{name}_{k}" in probe]
     values = np.array([probe[f"{name}_{k}"] for k in known], np.float64)
@@ -186,7 +186,7 @@ def histogram(found: Mapping[str, Any], path: str | Path) -> bool:
   edges = np.array(counts.pop("edges", []), np.float64)
   if not counts:
     return False
-  figure, axes = plt.subplots(
+  figure, axes = subplots(
     1, len(counts), figsize=(4.5 * len(counts), 3.6), squeeze=False
   )
   for axis, (kind, heights) in zip(axes[0], counts.items(), strict=True):

@@ -35,6 +35,7 @@ def attention(
   subtree_end: Indices,
   *,
   kind: str,
+  mixed: bool = False,
 ) -> Float[Array, "b l h e"]:
   """Softmax attention of each token over its path to the root of its trie.
 
@@ -47,6 +48,8 @@ def attention(
       (one CPU device: skips the blocks that no path reaches), "pallas" (the
       same on TPUs, under any mesh) or "causal" (rows of one sequence each:
       the libraries' kernels; see `trie_attention.causal`).
+    mixed: whether the products of "blocks" take bfloat16 operands, with
+      float32 sums; the other kinds go by the dtype of their arguments.
 
   Returns:
     The attended values, in the dtype of `v`; softmax in float32.
@@ -57,7 +60,7 @@ def attention(
   if kind == "dense":
     return dense(q, k, v, subtree_end)
   if kind == "blocks":
-    return blocks(q, k, v, subtree_end)
+    return blocks(q, k, v, subtree_end, mixed=mixed)
   if kind not in KINDS:
     raise ValueError(f"attention kind {kind!r}: use one of {KINDS}")
   # Here, as they import this module, and Pallas, which no CPU needs.
@@ -100,6 +103,7 @@ def blocks(
   subtree_end: Indices,
   *,
   block: int = _BLOCK,
+  mixed: bool = False,
 ) -> Float[Array, "b l h e"]:
   """Equals `dense`; skips the key blocks that no path of a query block meets.
 
@@ -113,6 +117,7 @@ def blocks(
     v: values.
     subtree_end: mask, see `attention`.
     block: tokens in a block of queries and in a block of keys.
+    mixed: whether products take bfloat16 operands, with float32 sums.
   """
   b, length = subtree_end.shape
   if length <= 2 * block:  # nothing to skip
@@ -121,36 +126,41 @@ def blocks(
   ends = jnp.arange(length + 1, length + more + 1, dtype=subtree_end.dtype)
   ends = jnp.broadcast_to(ends, (b, more))
   subtree_end = jnp.concatenate([subtree_end, ends], axis=1)
-  # In float32 whatever comes in: on CPUs its products are the fastest.
+  # In float32 whatever comes in: CPUs sum bfloat16 products in it anyway.
   padding = ((0, 0), (0, more), (0, 0), (0, 0))
   full = (jnp.pad(x.astype(jnp.float32), padding) for x in (q, k, v))
-  out: Array = _blocks(*full, subtree_end, block)  # pyright: ignore
+  out: Array = _blocks(*full, subtree_end, block, mixed)  # pyright: ignore
   return out[:, :length].astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocks(q: Array, k: Array, v: Array, subtree_end: Array, block: int):
-  return _forward(q, k, v, subtree_end, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocks(
+  q: Array, k: Array, v: Array, subtree_end: Array, block: int, mixed: bool
+):
+  return _forward(q, k, v, subtree_end, block, mixed)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, subtree_end: Array, block: int):
+def _forward(
+  q: Array, k: Array, v: Array, subtree_end: Array, block: int, mixed: bool
+):
   """Output, and what the backward pass needs; see `_over_tiles` for `tile`."""
   b, length, h, e = q.shape
   g, r = k.shape[2], h // k.shape[2]
   m = r * block  # the queries of a group's heads are rows of one product
-  keys, values = _by_head(k, block), _by_head(v, block)
+  product, operand = _products(mixed)
+  keys, values = (operand(_by_head(x, block)) for x in (k, v))
 
   def tile(row, start, reached, mask, carry):
     out, lse = carry
     query = _rows_of_heads(_tile(q, row, start, block), g) * e**-0.5
-    logits = jnp.einsum("gme,gne->gmn", query, _take(keys, row, reached))
+    logits = product("gme,gne->gmn", query, _take(keys, row, reached))
     n = logits.shape[-1]
     logits = logits.reshape(g, r, block, n)
     logits = jnp.where(mask.T, logits, MASKED).reshape(g, m, n)
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    y = jnp.einsum("gmn,gne->gme", weights, _take(values, row, reached))
+    y = product("gmn,gne->gme", weights, _take(values, row, reached))
     y = _heads_of_rows(y / total, block)
     tops = (top + jnp.log(total)).reshape(1, 1, g, m)
     return (
@@ -165,7 +175,9 @@ def _forward(q: Array, k: Array, v: Array, subtree_end: Array, block: int):
   return out, (q, k, v, subtree_end, out, lse)
 
 
-def _backward(block: int, saved: tuple[Array, ...], cotangent: Array):
+def _backward(
+  block: int, mixed: bool, saved: tuple[Array, ...], cotangent: Array
+):
   """Gradients of q, k, v. Logits stand as [keys, queries] here.
 
   In that order four of the five products take their operands as they lie in
@@ -174,7 +186,8 @@ def _backward(block: int, saved: tuple[Array, ...], cotangent: Array):
   q, k, v, subtree_end, out, lse = saved
   b, length, h, e = q.shape
   g, m = k.shape[2], h // k.shape[2] * block
-  keys, values = _by_head(k, block), _by_head(v, block)
+  product, operand = _products(mixed)
+  keys, values = (operand(_by_head(x, block)) for x in (k, v))
   keys_turned = keys.swapaxes(-1, -2)  # [b g blocks e block]
 
   def tile(row, start, reached, mask, carry):
@@ -184,18 +197,20 @@ def _backward(block: int, saved: tuple[Array, ...], cotangent: Array):
     y = _rows_of_heads(_tile(out, row, start, block), g)
     inner = jnp.sum(dy * y, axis=-1)[:, None]  # [g 1 m]
     tops = lax.dynamic_slice(lse, (row, start // block, 0, 0), (1, 1, g, m))
-    logits = jnp.einsum("gne,gme->gnm", _take(keys, row, reached), query)
+    logits = product("gne,gme->gnm", _take(keys, row, reached), query)
     n = logits.shape[1]
     weights = jnp.exp(logits - tops.reshape(g, 1, m))
     weights = weights.reshape(g, n, m // block, block)
     weights = jnp.where(mask[:, None], weights, 0.0).reshape(g, n, m)
-    more_dv = jnp.einsum("gnm,gme->gne", weights, dy)
-    slope = jnp.einsum("gne,gme->gnm", _take(values, row, reached), dy)
+    more_dv = product("gnm,gme->gne", weights, dy)
+    slope = product("gne,gme->gnm", _take(values, row, reached), dy)
     slope = weights * (slope - inner)
-    more_dk = jnp.einsum("gnm,gme->gne", slope, query)
+    more_dk = product("gnm,gme->gne", slope, query)
     turned = _take_turned(keys_turned, row, reached)
-    dquery = jnp.einsum("gen,gnm->gem", turned, slope).swapaxes(1, 2) * e**-0.5
-    dquery = _heads_of_rows(dquery, block)
+    # Else the transpose would be folded into the product: no fast kernel.
+    dquery = lax.optimization_barrier(product("gen,gnm->gem", turned, slope))
+    dquery = dquery.swapaxes(1, 2)
+    dquery = _heads_of_rows(dquery * e**-0.5, block)
     dq = lax.dynamic_update_slice(dq, dquery[None], (row, start, 0, 0))
 
     def add(t, carry):
@@ -222,6 +237,20 @@ def _backward(block: int, saved: tuple[Array, ...], cotangent: Array):
 
 
 _blocks.defvjp(_forward, _backward)
+
+
+def _products(mixed: bool) -> tuple[Callable[..., Array], Callable[..., Array]]:
+  """An einsum with float32 sums, and how it takes its operands."""
+
+  def operand(x: Array) -> Array:
+    return x.astype(jnp.bfloat16) if mixed else x
+
+  def product(terms: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(
+      terms, operand(a), operand(b), preferred_element_type=jnp.float32
+    )
+
+  return product, operand
 
 
 def reached_blocks(subtree_end: Indices, block: int) -> Bool[Array, "b c c"]:

@@ -304,7 +304,7 @@ class Attention(nnx.Module):
   """Grouped-query attention with rotary positions over token tries."""
 
   def __init__(self, arch: Architecture, *, rank: int, mixed: bool):
-    self.arch = arch
+    self.arch, self.mixed = arch, mixed
     d, e = arch.width, arch.head_dim
     q, kv = arch.heads * e, arch.kv_heads * e
     bias = arch.qkv_bias
@@ -325,7 +325,7 @@ class Attention(nnx.Module):
     lora_scale: float,
   ) -> Float[Array, "m d"]:
     q, k, v = self.project(x, rope, lora_scale=lora_scale)
-    y = attention(q, k, v, subtree_end, kind=kind)
+    y = attention(q, k, v, subtree_end, kind=kind, mixed=self.mixed)
     return self.out(y.reshape(x.shape[0], -1), lora_scale=lora_scale)
 
   def project(
@@ -449,7 +449,7 @@ def run_stack(
       "dots" also its weight products.
     lora_rank: rank of the low-rank updates in `params`; 0 if there are none.
     lora_alpha: the updates are scaled by `lora_alpha / lora_rank`.
-    mixed: whether products with kernels are those of `mixed_matmul`.
+    mixed: whether products take bfloat16 operands, see `mixed_matmul`.
 
   Returns:
     Activations after the last of these layers.

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from csrm_jax.eval.plots import BLUE, GREY, ORANGE, plt, save
+from csrm_jax.eval.plots import BLUE, GREY, ORANGE, save, subplots
 from csrm_jax.rules import propositions
 from csrm_jax.rules.completions import Completion, truths
 from csrm_jax.rules.weights import RuleWeights, chances_of, helpfulness_of
@@ -16,7 +16,7 @@ from csrm_jax.rules.weights import RuleWeights, chances_of, helpfulness_of
 def weights(made: RuleWeights, path: str | Path) -> None:
   """A bar for each feature of each response type, as a PNG."""
   kinds = list(made.weights)
-  figure, axes = plt.subplots(
+  figure, axes = subplots(
     1,
     len(kinds),
     figsize=(4.0 * len(kinds), 0.2 * len(made.book.names) + 2.0),
@@ -46,7 +46,7 @@ def rewards(
     for kind in made.weights
     if any(row.response_type == kind for row in rows)
   ]
-  figure, axes = plt.subplots(
+  figure, axes = subplots(
     2, len(kinds), figsize=(4.0 * len(kinds), 5.6), squeeze=False
   )
   for column, kind in enumerate(kinds):
