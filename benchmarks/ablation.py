@@ -3,11 +3,13 @@
 python benchmarks/ablation.py --workdir=DIR --output=FILE.json \
     [--data=FOLDER] [--steps=N] [--seeds=3] [--table=FILE.md]
 
-Every row is trained in DIR/ROW-seedS and resumes there; rows that are finished
-are not repeated. FILE.json is written anew after every row.
+Every row is trained in DIR/ROW-seedS and resumes there; rows that are finished,
+there or in FILE.json, are not repeated. FILE.json is written anew after every
+row, with the rows that were asked for.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import runpy
@@ -154,6 +156,7 @@ def one_row(
     ValueError: its folder holds another recipe.
   """
   config = recipe(name, seed, args)
+  mark = fingerprint(config, args)
   folder = args.workdir / f"{name}-seed{seed}"
   tokenizer = loop.load_tokenizer(config)
   if name == "full":
@@ -176,7 +179,7 @@ def one_row(
   }
   done = read(folder / "row.json")
   if done.get("asked") == asked:
-    return done["result"]
+    return done["result"] | {"recipe_sha256": mark}
   trained = read(folder / "result.json")
   same = read(folder / "config.json") == config.to_dict()
   if not same or "params_sha256" not in trained:
@@ -198,6 +201,7 @@ def one_row(
   result = {
     "row": name,
     "seed": seed,
+    "recipe_sha256": mark,
     "says": VARIANTS[name].says,
     "changes": dict(VARIANTS[name].changes),
     "source": config.data.source,
@@ -225,6 +229,19 @@ def one_row(
   return result
 
 
+def fingerprint(config: Config, args: argparse.Namespace) -> str:
+  """Of what a row's figures follow from; the place of the sets does not count.
+
+  Args:
+    config: of `recipe`.
+    args: the flags.
+  """
+  told = config.to_dict()
+  told["data"]["path"] = ""
+  told |= {key: getattr(args, key) for key in ("suites", "rows", "bootstrap")}
+  return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def read(path: Path) -> dict[str, Any]:
   """A JSON file; {} without it."""
   return json.loads(path.read_text()) if path.is_file() else {}
@@ -240,17 +257,26 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 def ablate(args: argparse.Namespace) -> dict[str, Any]:
   """Every row for every seed, seeds outermost; the content of the output."""
-  found: list[dict[str, Any]] = []
-  for seed in range(args.seeds):
-    for name in args.only:
-      print(f"{name}, seed {seed}: {VARIANTS[name].says}", flush=True)
-      result = one_row(name, seed, args)
-      if result is None:
-        print("stopped and saved; run the same command to go on")
-        return _written(found, args)
-      found.append(result)
-      _written(found, args)
-  return _written(found, args)
+  wanted = [(name, seed) for seed in range(args.seeds) for name in args.only]
+  told = {
+    row["recipe_sha256"]: row for row in read(args.output).get("rows", [])
+  }
+  found = {
+    (name, seed): told[mark]
+    for name, seed in wanted
+    if (mark := fingerprint(recipe(name, seed, args), args)) in told
+  }
+  for name, seed in wanted:
+    if (name, seed) in found:
+      continue
+    print(f"{name}, seed {seed}: {VARIANTS[name].says}", flush=True)
+    result = one_row(name, seed, args)
+    if result is None:
+      print("stopped and saved; run the same command to go on")
+      break
+    found[name, seed] = result
+    _written([found[row] for row in wanted if row in found], args)
+  return _written([found[row] for row in wanted if row in found], args)
 
 
 def _written(

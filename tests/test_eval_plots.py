@@ -1,8 +1,9 @@
 """Plots: they are drawn, and show what they say."""
 
 import json
+import subprocess
+import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy.special import expit
@@ -13,18 +14,16 @@ from csrm_jax.eval import plots
 
 @pytest.fixture
 def drawn(monkeypatch):
-  """Figures are kept open so that a test can look at them."""
+  """The figures that were saved, for a test to look at."""
   figures = []
   save = plots.save
 
   def keep(figure, path):
-    monkeypatch.setattr(plt, "close", lambda f: figures.append(f))
+    figures.append(figure)
     save(figure, path)
 
   monkeypatch.setattr(plots, "save", keep)
-  yield figures
-  monkeypatch.undo()
-  plt.close("all")
+  return figures
 
 
 def scored(n: int = 200, temperature: float = 2.0) -> plots.Scored:
@@ -115,3 +114,24 @@ def test_training_without_a_log_draws_nothing(tmp_path):
   (tmp_path / "metrics.jsonl").write_text("")
   assert not plots.training(tmp_path, tmp_path / "training.png")
   assert not (tmp_path / "training.png").exists()
+
+
+def test_pictures_leave_pyplot_to_the_user(tmp_path):
+  """A notebook's figures went missing once pyplot's backend was changed."""
+  script = (
+    "import matplotlib.pyplot as plt\n"
+    "plt.switch_backend('svg')\n"
+    "import csrm_jax.align.report, csrm_jax.eval.audit\n"
+    "import csrm_jax.eval.sensitivity, csrm_jax.rules.plots\n"
+    "from csrm_jax.eval import plots\n"
+    "figure, axis = plots.subplots(figsize=(3, 2))\n"
+    "axis.plot([0, 1])\n"
+    f"plots.save(figure, {str(tmp_path / 'p.png')!r})\n"
+    "print(plt.get_backend(), plt.get_fignums())\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True
+  )
+
+  assert done.stdout == "svg []\n", done.stderr
+  assert is_png(tmp_path / "p.png")

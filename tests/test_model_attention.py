@@ -142,6 +142,18 @@ def test_the_default_block_at_its_real_size():
   )
 
 
+@pytest.mark.parametrize(("h", "g", "e"), [(9, 3, 64), (4, 1, 16), (2, 2, 8)])
+def test_bfloat16_operands_change_little(h, g, e):
+  end = jnp.asarray([forest(200, seed=6, chains=0.97)])
+  tensors = arrays(end, h, g, e)
+  mixed = both(functools.partial(blocks, mixed=True), end, *tensors)
+  full = both(blocks, end, *tensors)
+
+  for got, expected in zip(mixed, full, strict=True):
+    assert jnp.linalg.norm(got - expected) > 0
+    assert jnp.linalg.norm(got - expected) < 8e-3 * jnp.linalg.norm(expected)
+
+
 def test_an_unknown_kind_is_refused():
   end = jnp.ones((1, 1), jnp.int32)
   with pytest.raises(ValueError, match="'flash': use one of"):

@@ -39,7 +39,7 @@ def subplots(
   rows: int = 1,
   columns: int = 1,
   *,
-  figsize: tuple[float, float],
+  figsize: tuple[int | float, int | float],
   **grid: Any,
 ) -> tuple[Figure, Any]:
   """As `pyplot.subplots`, without pyplot: its state and backend stay a user's.
