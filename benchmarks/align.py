@@ -25,11 +25,12 @@ import jax
 import machine
 import numpy as np
 
-from csrm_jax import errors, score, sharding
+from csrm_jax import errors, sharding
 from csrm_jax.align import feedback, online, ppo
 from csrm_jax.align import setup as setups
 from csrm_jax.config import Config
 from csrm_jax.data import domains, groups
+from csrm_jax.judge import SHIPPED, Judge, load
 from csrm_jax.score_cached import SpecCache
 from csrm_jax.spec import Spec
 
@@ -142,9 +143,9 @@ def summary(values: list[float]) -> dict[str, float]:
   }
 
 
-def rewards(args: argparse.Namespace, judge: score.Judge) -> Any:
+def rewards(args: argparse.Namespace, judge: Judge) -> Any:
   if args.reward:
-    return feedback.reward_of(score.load(args.reward))
+    return feedback.reward_of(load(args.reward))
   cache = SpecCache(judge, [HELPFUL])
   return lambda conversations: cache.scores(conversations).log_odds[:, 0]
 
@@ -154,7 +155,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
   for i in range(args.constraints):
     specs.append(str(folder / f"c{i:02d}.txt"))
     Path(specs[-1]).write_text(spec_of(i).render() + "\n", encoding="utf-8")
-  judge = score.load(args.judge or score.SHIPPED)
+  judge = load(args.judge or SHIPPED)
   reward = rewards(args, judge)
   first = recipe(args, specs[:1], 0)
   many = recipe(args, specs, 0)
@@ -204,7 +205,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     "updates": args.steps,
     "repetitions": args.repetitions,
     "same_responses": all(same),
-    "judge": Path(args.judge or score.SHIPPED).name,
+    "judge": Path(args.judge or SHIPPED).name,
     "reward": Path(args.reward).name if args.reward else "the judge, 1 spec",
     "spec_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths)},
     "seconds_to_read_specs": read,

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import machine
 
-from csrm_jax import errors, score, storage
+from csrm_jax import errors, storage
 from csrm_jax.align.crossed import crossed
 from csrm_jax.align.report import LAST, report
+from csrm_jax.judge import SHIPPED, load
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
   parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR")
   parser.add_argument("--output", required=True, help="folder")
   parser.add_argument("--specs", default="", help="files, joined by commas")
-  parser.add_argument("--judges", default=str(score.SHIPPED), help="folders")
+  parser.add_argument("--judges", default=str(SHIPPED), help="folders")
   flags = parser.parse_args()
   with errors.told():
     named = [run.partition("=") for run in flags.runs]
@@ -36,7 +37,7 @@ def main() -> None:
     found = report(workdirs, flags.output)
     print(json.dumps(found, indent=1))
     if flags.specs:
-      judges = {Path(j).name: score.load(j) for j in flags.judges.split(",")}
+      judges = {Path(j).name: load(j) for j in flags.judges.split(",")}
       table = crossed(workdirs, flags.specs.split(","), judges, last=LAST)
       file = Path(flags.output) / "crossed.json"
       measured = machine.describe(["jax", "flax"])

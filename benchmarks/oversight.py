@@ -13,9 +13,10 @@ from pathlib import Path
 
 import machine
 
-from csrm_jax import errors, score
+from csrm_jax import errors
 from csrm_jax.align.debater import oversee
 from csrm_jax.eval import oversight
+from csrm_jax.judge import SHIPPED
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -29,7 +30,7 @@ def main() -> None:
   parser.add_argument("--prompt_length", type=int, default=384)
   parser.add_argument("--response_length", type=int, default=32)
   parser.add_argument("--debater", default="smollm2")
-  parser.add_argument("--model", default=str(score.SHIPPED))
+  parser.add_argument("--model", default=str(SHIPPED))
   flags = parser.parse_args()
   began = time.perf_counter()
   with errors.told():

@@ -18,7 +18,8 @@ from typing import Any
 import machine
 import numpy as np
 
-from csrm_jax import errors, score
+from csrm_jax import errors
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.rules import completions, graders, grading, trained
 from csrm_jax.rules.completions import Completion
 from csrm_jax.rules.propositions import Book
@@ -32,7 +33,7 @@ def grade(
   """(probabilities, what to say of how they were made)."""
   talks = [row.messages for row in rows]
   if name == "judge":
-    judge = score.load(flags.judge or str(score.SHIPPED))
+    judge = load(flags.judge or str(SHIPPED))
     return graders.judge_grader(judge)(book.propositions, talks), {}
   if name == "yes_no":
     model = graders.yes_no_model(flags.model)
@@ -72,7 +73,7 @@ def _states(rows: Sequence[Completion], flags: Any) -> np.ndarray:
   cache = Path(flags.cache) if flags.cache else None
   if cache is not None and cache.is_file():
     return np.load(cache)
-  model = score.load(flags.judge or str(score.SHIPPED))
+  model = load(flags.judge or str(SHIPPED))
   found = trained.states(model, rows, most=flags.most)
   if cache is not None:
     np.save(cache, found)

@@ -17,6 +17,7 @@ import numpy as np
 from csrm_jax import score
 from csrm_jax.align import rollout
 from csrm_jax.data import tokenizer
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.model import names, pretrained
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
@@ -169,7 +170,7 @@ def judge_cache(args: argparse.Namespace) -> dict[str, Any]:
   `all` scores every response under every spec; `few` as a run with many
   constraints does, every response under two of them.
   """
-  judge = score.load(score.SHIPPED)
+  judge = load(SHIPPED)
   words = judge.tokenizer
   texts = [
     [

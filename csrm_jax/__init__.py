@@ -8,7 +8,7 @@ if TYPE_CHECKING:
   from csrm_jax.align.run import align as align
   from csrm_jax.eval.run import evaluate as evaluate
   from csrm_jax.export.huggingface import export as export
-  from csrm_jax.score import load as load
+  from csrm_jax.judge import load as load
   from csrm_jax.score import score as score
   from csrm_jax.spec import Spec as Spec
   from csrm_jax.train.loop import fit as fit
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Imported at first use: `csrm_jax.Spec` alone should not wait for JAX.
 _HOMES = {
   "Spec": "csrm_jax.spec",
-  "load": "csrm_jax.score",
+  "load": "csrm_jax.judge",
   "score": "csrm_jax.score",
   "fit": "csrm_jax.train.loop",
   "evaluate": "csrm_jax.eval.run",

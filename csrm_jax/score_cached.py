@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float
 
 from csrm_jax import score
 from csrm_jax.data import template
+from csrm_jax.judge import Judge
 from csrm_jax.model.cache import Cache, empty, extend
 from csrm_jax.model.reward import RewardModel
-from csrm_jax.score import Judge, Messages
+from csrm_jax.score import Messages
 from csrm_jax.spec import Spec
 
 # Tokens of prefixes, and of what follows them, that get compiled; beyond that
@@ -65,7 +66,7 @@ class SpecCache:
   float32 on SmolLM2-135M, so 50 specs of 256 tokens take 560 MiB.
 
   Attributes:
-    judge: of `score.load`.
+    judge: of `judge.load`.
     specs: in the order of the columns of `scores`.
     cut: sums over all calls so far: "messages", "shortened" and "rules" as in
       `template.fit_to`, and "uncached": sequences that lost rules, and so

@@ -13,8 +13,9 @@ import json
 import os
 from pathlib import Path
 
-from csrm_jax import errors, score
+from csrm_jax import errors
 from csrm_jax.eval.chat import Endpoint, asker
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.rules import (
   completions,
   graders,
@@ -60,7 +61,7 @@ def grade(flags: argparse.Namespace) -> None:
     for row, chances in zip(rows, graded, strict=True)
   ]
   if flags.reward:
-    helpful = SpecCache(score.load(flags.reward), []).helpfulness(talks)
+    helpful = SpecCache(load(flags.reward), []).helpfulness(talks)
     rows = [
       row._replace(helpfulness=float(h))
       for row, h in zip(rows, helpful, strict=True)
@@ -83,7 +84,7 @@ def _grader(flags: argparse.Namespace) -> graders.Grader:
   if flags.grader.startswith(YES_NO):
     model = graders.yes_no_model(flags.grader.removeprefix(YES_NO))
     return graders.yes_no_grader(model)
-  return graders.judge_grader(score.load(flags.grader or str(score.SHIPPED)))
+  return graders.judge_grader(load(flags.grader or str(SHIPPED)))
 
 
 def _endpoint(flags: argparse.Namespace) -> Endpoint:

@@ -10,7 +10,8 @@ import argparse
 import sys
 
 from csrm_jax import errors
-from csrm_jax.score import SHIPPED, load, score_file
+from csrm_jax.judge import SHIPPED, load
+from csrm_jax.score_file import score_file
 from csrm_jax.spec import Spec
 
 

@@ -192,7 +192,7 @@ def test_baselines_by_name(tmp_path):
 
 def test_zero_shot_is_the_model_before_any_training(monkeypatch):
   made = tiny.judge()
-  monkeypatch.setattr(score, "load", lambda path: made)
+  monkeypatch.setattr(judges, "load", lambda path: made)
   rows = [row("a"), row("b", "S1: Disallowed: b.")]
   want = [s.log_odds for s in score.score_rows(made, rows)]
   np.testing.assert_allclose(judges.baseline("smollm2")(rows), want, atol=1e-5)

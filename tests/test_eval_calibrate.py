@@ -86,7 +86,7 @@ def workdir(tmp_path, labels: int):
 
 def overconfident(monkeypatch):
   """Every fourth row is wrong at log-odds 4, so the best T is 4 / log 3."""
-  monkeypatch.setattr(calibrate.score, "load", lambda path: FakeJudge())
+  monkeypatch.setattr(calibrate, "load", lambda path: FakeJudge())
 
   def score_rows(judge, rows, **_):
     assert judge.temperature == 1.0

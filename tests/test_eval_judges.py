@@ -10,12 +10,13 @@ from csrm_jax import metrics, score
 from csrm_jax.config import default
 from csrm_jax.data import synthetic
 from csrm_jax.eval import judges
+from csrm_jax.judge import Judge
 from csrm_jax.model import reward
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def loaded() -> score.Judge:
+def loaded() -> Judge:
   """A random model with two layers and both heads at work."""
   config = default().model
   config.path = "random"
@@ -24,7 +25,7 @@ def loaded() -> score.Judge:
   params = load_params(jax.random.key(0))
   kernel = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
   params = params | {"head": {"kernel": kernel}}
-  return score.Judge(model, params, tokenizer, 2.0, "compliance", "tiny")
+  return Judge(model, params, tokenizer, 2.0, "compliance", "tiny")
 
 
 def row(text: str, spec: str | None = "No spoilers.") -> dict:

@@ -14,7 +14,7 @@ FLOORS = {
   "hosts": 0, "peers": 0, "storage": 0,
   "losses": 1, "metrics": 1, "sharding": 1, "checkpoint": 1, "manifest": 1,
   "model": 1, "data": 1,
-  "score": 2, "score_cached": 2,
+  "judge": 2, "score": 2, "score_file": 2, "score_cached": 2,
   "eval": 3, "rules": 3,
   "train": 4,
   "align": 5, "export": 5, "serve": 5, "pods": 5,

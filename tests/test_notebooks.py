@@ -17,8 +17,8 @@ import nbformat
 import pytest
 
 from configs import tiny
+from csrm_jax.judge import SHIPPED
 from csrm_jax.model.pretrained import SMOLLM2_INSTALL
-from csrm_jax.score import SHIPPED
 from csrm_jax.train.loop import fit
 
 ROOT = Path(__file__).parents[1]

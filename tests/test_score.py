@@ -16,6 +16,8 @@ import pytest
 import csrm_jax as csrm
 from csrm_jax import score as score_lib
 from csrm_jax.data import template, trie
+from csrm_jax.judge import SHIPPED, load
+from csrm_jax.score_file import score_file
 from csrm_jax.spec import Rule, Spec
 from csrm_jax.types import Example, Segment
 from launch import score as launcher
@@ -253,7 +255,7 @@ def test_load_refuses_what_is_no_model(tmp_path):
 
 def test_public_names():
   assert csrm.Spec is Spec
-  assert csrm.load is score_lib.load
+  assert csrm.load is load
   with pytest.raises(AttributeError, match="no attribute 'scores'"):
     _ = csrm.scores
   script = "import sys, csrm_jax; csrm_jax.Spec; print('jax' in sys.modules)"
@@ -279,7 +281,7 @@ def _read(path):
 def test_score_file_writes_the_contract_in_order(judge, tmp_path):
   rows = _rows(9)
   rows[2]["label"] = 1
-  counts = score_lib.score_file(
+  counts = score_file(
     judge, _write(tmp_path / "rows.jsonl", rows), tmp_path / "scores.jsonl"
   )
 
@@ -298,7 +300,7 @@ def test_score_file_writes_the_contract_in_order(judge, tmp_path):
 
 def test_score_file_any_turn_and_helpfulness(judge, tmp_path):
   source = _write(tmp_path / "rows.jsonl", _rows(5))
-  score_lib.score_file(
+  score_file(
     judge, source, tmp_path / "out.jsonl", turns="any", helpfulness=True
   )
   for line in _read(tmp_path / "out.jsonl"):
@@ -311,7 +313,7 @@ def test_score_file_under_one_spec(judge, tmp_path):
     for i, row in enumerate(_rows(4))
   ]
   spec = Spec(text="S1: Disallowed: bread.")
-  score_lib.score_file(
+  score_file(
     judge,
     _write(tmp_path / "rows.jsonl", rows),
     tmp_path / "out.jsonl",
@@ -336,14 +338,14 @@ def test_score_file_stops_at_a_row_that_is_too_long(judge, tmp_path):
   with pytest.raises(
     ValueError, match=r"rows.jsonl:3: field 'messages': .*Raise max_tokens"
   ):
-    score_lib.score_file(judge, source, tmp_path / "out.jsonl", max_tokens=300)
+    score_file(judge, source, tmp_path / "out.jsonl", max_tokens=300)
   assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_score_file_quarantines(judge, tmp_path):
   good = _rows(2)
   rows = [good[0], NO_ROLE, "{broken", TOO_LONG, good[1]]
-  counts = score_lib.score_file(
+  counts = score_file(
     judge,
     _write(tmp_path / "rows.jsonl", rows),
     tmp_path / "out.jsonl",
@@ -417,8 +419,8 @@ def test_launch_takes_the_shipped_judge_from_any_folder(
   (line,) = _read(tmp_path / "scores.jsonl")
   assert line["model_fingerprint"] == csrm.load(workdir).fingerprint
 
-  assert score_lib.SHIPPED.is_absolute()
-  root = score_lib.SHIPPED.parents[1]
+  assert SHIPPED.is_absolute()
+  root = SHIPPED.parents[1]
   assert (root / "launch" / "score.py").is_file()
 
 

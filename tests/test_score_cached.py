@@ -9,6 +9,7 @@ import pytest
 
 from csrm_jax import score as score_lib
 from csrm_jax import score_cached
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.score_cached import SpecCache
 from csrm_jax.spec import Rule, Spec
 from tests import tiny
@@ -188,7 +189,7 @@ def test_calls_have_few_shapes():
 
 @pytest.mark.slow
 def test_equals_plain_scores_of_the_shipped_judge():
-  judge = score_lib.load(score_lib.SHIPPED)
+  judge = load(SHIPPED)
   rng = random.Random(0)
   specs, chats = specs_of(rng, 3), chats_of(rng, 6)
   rows = [

@@ -11,6 +11,7 @@ from csrm_jax import checkpoint, storage
 from csrm_jax.data import prepare
 from csrm_jax.eval import run
 from csrm_jax.export import huggingface
+from csrm_jax.score_file import score_file
 from csrm_jax.train import loop
 from tests import bucket, runs, tiny
 from tests.test_checkpoint import some_state
@@ -164,7 +165,7 @@ def test_models_and_results_in_a_bucket(cloud, tmp_path):
   written = storage.path("gs://bucket/run/eval/report.json").read_text()
   assert json.loads(written)["suites"] == report["suites"]
 
-  csrm.score.score_file(judge, rows, "gs://bucket/scores.jsonl")
+  score_file(judge, rows, "gs://bucket/scores.jsonl")
   lines = storage.path("gs://bucket/scores.jsonl").read_text().splitlines()
   assert [json.loads(t)["id"] for t in lines] == ["0", "1", "2", "3"]
   with pytest.raises(ValueError, match="--model=gs://bucket/none: no such"):

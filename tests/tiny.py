@@ -14,10 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from csrm_jax import checkpoint
 from csrm_jax.data import template
 from csrm_jax.data import tokenizer as tokenizer_lib
+from csrm_jax.judge import Judge
 from csrm_jax.model import lora, names, reward
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
-from csrm_jax.score import Judge
 from csrm_jax.types import Params, TrainState
 
 TEXTS = (

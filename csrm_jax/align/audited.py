@@ -17,7 +17,7 @@ from csrm_jax.data import contract
 from csrm_jax.eval import audit, judges, overoptimisation
 from csrm_jax.eval.checks_policy import Sample
 from csrm_jax.eval.overoptimisation import Point
-from csrm_jax.score import SHIPPED, load
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.spec import Spec
 
 Line = Mapping[str, Any]

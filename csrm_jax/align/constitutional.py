@@ -17,7 +17,7 @@ from csrm_jax.align import constitution, order, prompts, revised, revising
 from csrm_jax.align.revising import Task
 from csrm_jax.align.setup import Setup
 from csrm_jax.config import Config
-from csrm_jax.score import SHIPPED
+from csrm_jax.judge import SHIPPED
 from csrm_jax.storage import AnyPath
 from csrm_jax.train.workdir import REVISIONS
 from csrm_jax.types import Params

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from csrm_jax.align.evaluation import rate, responses
-from csrm_jax.score import Judge, score
+from csrm_jax.judge import Judge
+from csrm_jax.score import score
 from csrm_jax.spec import Spec
 
 

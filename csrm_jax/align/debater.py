@@ -35,7 +35,7 @@ def oversee(
   """A judge with and without help on a suite; see `oversight.evaluate`.
 
   Args:
-    model: the judge, as of `score.load`.
+    model: the judge, as of `judge.load`.
     suite_name: of `suites.read`.
     name: of the debater, see `debater`; "": no debates.
     data: folder of the real sets.

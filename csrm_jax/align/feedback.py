@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from csrm_jax.config import Config
 from csrm_jax.data.template import Message
-from csrm_jax.score import Judge
+from csrm_jax.judge import Judge
 from csrm_jax.score_cached import SpecCache
 from csrm_jax.spec import Spec
 
@@ -131,7 +131,7 @@ def reward_of(model: Judge, *, spec: str = "") -> RewardFunction:
   """What a response earns: its helpfulness, or how well it keeps to a spec.
 
   Args:
-    model: of `score.load`.
+    model: of `judge.load`.
     spec: file of rules to earn by, such as to answer what is asked: the reward
       is the log-odds of complying. "": helpfulness, read without any spec.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
-from csrm_jax import score, storage
+from csrm_jax import storage
 from csrm_jax.align import feedback, order, prompts, rollout
 from csrm_jax.align import setup as setups
 from csrm_jax.align.feedback import (
@@ -23,6 +23,7 @@ from csrm_jax.align.run import POLICY, align
 from csrm_jax.config import Config
 from csrm_jax.data import contract
 from csrm_jax.data import tokenizer as tokenizers
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.model import reward as reward_models
 from csrm_jax.storage import AnyPath
 from csrm_jax.train import loop
@@ -157,14 +158,14 @@ def relabel(
   chosen = config.align
   bound = feedback.constraints(config)
   if compliance is None:
-    where = chosen.labeller or chosen.judge or str(score.SHIPPED)
-    compliance = feedback.compliance_of(score.load(where), bound)
+    where = chosen.labeller or chosen.judge or str(SHIPPED)
+    compliance = feedback.compliance_of(load(where), bound)
   train, _ = prompts.read(chosen.prompts, heldout=chosen.heldout)
   count = min(chosen.relabel_prompts, len(train))
   picked = order.turn(
     len(train), name="relabel", seed=config.seed, step=0, count=count
   )
-  model, load = reward_models.make(
+  model, load_params = reward_models.make(
     config.model,
     path=str(policy),
     row_length=chosen.prompt_length + chosen.response_length,
@@ -173,7 +174,7 @@ def relabel(
   key = jax.random.key(config.seed)
   sampled = rollout.sample(
     model,
-    load(key),
+    load_params(key),
     tokenizers.load(policy),
     [train[i] for i in picked],
     key=jax.random.fold_in(key, 4),

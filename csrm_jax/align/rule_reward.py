@@ -5,17 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from csrm_jax import score
 from csrm_jax.align.feedback import (
   Constraint,
   Conversations,
   compliance_of,
 )
 from csrm_jax.config import Config
+from csrm_jax.judge import Judge, load
 from csrm_jax.rules import response_types, weights
 from csrm_jax.rules.graders import judge_grader, yes_no_grader, yes_no_model
 from csrm_jax.rules.reward import RuleReward, Violation
-from csrm_jax.score import Judge
 
 YES_NO = "yes_no:"  # prefix of a grader that is a language model
 
@@ -68,7 +67,7 @@ def rules_of(
 def _grader(name: str, judge: Judge):
   if name.startswith(YES_NO):
     return yes_no_grader(yes_no_model(name.removeprefix(YES_NO)))
-  return judge_grader(score.load(name) if name else judge)
+  return judge_grader(load(name) if name else judge)
 
 
 def _violation(judge: Judge, bound: Sequence[Constraint]) -> Violation:

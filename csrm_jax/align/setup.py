@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from csrm_jax import checkpoint, score, sharding
+from csrm_jax import checkpoint, sharding
 from csrm_jax.align import agent as agents
 from csrm_jax.align import (
   constitution,
@@ -34,6 +34,7 @@ from csrm_jax.align.ppo import AlignState
 from csrm_jax.align.rollout import Rollouts
 from csrm_jax.config import Config
 from csrm_jax.data.tokenizer import Tokenizer
+from csrm_jax.judge import SHIPPED, Judge, load
 from csrm_jax.model import reward as reward_models
 from csrm_jax.rules import reward as rule_rewards
 from csrm_jax.storage import AnyPath
@@ -95,8 +96,8 @@ def set_up(
   mesh = sharding.make_mesh(**config.mesh)
   rows = align.prompts_per_step * align.samples
   sharding.check_rows(align.pairs_per_step if offline else rows, 1, mesh)
-  judge = score.load(align.judge or str(score.SHIPPED)) if bound else None
-  rewarder = score.load(align.reward) if align.reward else judge
+  judge = load(align.judge or str(SHIPPED)) if bound else None
+  rewarder = load(align.reward) if align.reward else judge
   if reward is None and rewarder is not None:
     needed = not offline and align.method not in UNTRAINED
     if needed or align.reward or align.reward_spec or rewarder.has_helpfulness:
@@ -110,7 +111,7 @@ def set_up(
     compliance = feedback.compliance_of(judge, bound)
   monitor = None
   if align.monitor:
-    monitor = feedback.compliance_of(score.load(align.monitor), bound)
+    monitor = feedback.compliance_of(load(align.monitor), bound)
   policy, load_policy = _policy(config, tokenizer)
   networks = agents.Networks(policy)
   params = {
@@ -221,8 +222,8 @@ def heads_only(config: Config) -> bool:
 def _critics(
   config: Config,
   policy: reward_models.RewardModel,
-  rewarder: score.Judge,
-  judge: score.Judge,
+  rewarder: Judge,
+  judge: Judge,
   k: int,
 ) -> tuple[dict[str, Any], Params]:
   """Critics of the reward and of k constraints, their first parameters."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from csrm_jax import metrics, score, storage
 from csrm_jax.data import contract
 from csrm_jax.eval import suites
+from csrm_jax.judge import load
 from csrm_jax.storage import AnyPath
 
 # One parameter needs few rows, and a CPU scores some four a second.
@@ -81,7 +82,7 @@ def calibrate_workdir(
   if kept:
     label = np.array([float(row["label"]) for row in kept])
     weight = np.array([float(row.get("weight", 1.0)) for row in kept])
-    raw = dataclasses.replace(score.load(workdir), temperature=1.0)
+    raw = dataclasses.replace(load(workdir), temperature=1.0)
     scores = score.score_rows(raw, kept, progress=sys.stderr.isatty())
     z = np.array([s.log_odds for s in scores])
     temperature = fit_temperature(z, label, weight)

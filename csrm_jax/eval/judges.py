@@ -25,6 +25,8 @@ from csrm_jax.eval.baselines import Judge, Row, tfidf
 from csrm_jax.eval.measured import key_of
 from csrm_jax.eval.protocols import shorten
 from csrm_jax.eval.suites import spec_text
+from csrm_jax.judge import Judge as Loaded
+from csrm_jax.judge import load
 
 __all__ = ["Judge", "Row", "baseline", "csrm", "huggingface", "tfidf"]
 
@@ -33,7 +35,7 @@ NAMES = ("csrm", "spec_shuffled", "always_unsafe", "tfidf")
 # 4.5e-5. An infinite one would make nll infinite.
 ALWAYS_UNSAFE = -10.0
 # Further judges, by `baseline`; beside them "smollm2" (or any model that
-# `score.load` takes) and "hf:FOLDER".
+# `judge.load` takes) and "hf:FOLDER".
 BASELINES = (
   "always_unsafe",
   "always_safe",
@@ -50,7 +52,7 @@ _UNSAFE = ("unsafe", "not_", "non", "un", "harmful", "violat")
 _WORDS = ("safe", "unsafe")  # what a guard answers
 
 
-def csrm(loaded: score.Judge, *, cut: Counter[str] | None = None) -> Judge:
+def csrm(loaded: Loaded, *, cut: Counter[str] | None = None) -> Judge:
   """A reward model of ours; NaN where it has no trained helpfulness head.
 
   Args:
@@ -93,8 +95,8 @@ def always_unsafe(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
 
 
 def zero_shot(model: str | Path = "smollm2") -> Judge:
-  """An untrained language model asked for its verdict; see `score.load`."""
-  return csrm(score.load(model))
+  """An untrained language model asked for its verdict; see `judge.load`."""
+  return csrm(load(model))
 
 
 def baseline(name: str, training: Iterable[Row] | None = None) -> Judge:

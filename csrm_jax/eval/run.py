@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import expit
 
-from csrm_jax import metrics, score, storage
+from csrm_jax import metrics, storage
 from csrm_jax.data import contract, template
 from csrm_jax.eval import cases as editing
 from csrm_jax.eval import (
@@ -33,6 +33,7 @@ from csrm_jax.eval.gaps import unseen_gaps
 from csrm_jax.eval.judges import Judge, Row
 from csrm_jax.eval.measured import key_of, remember
 from csrm_jax.eval.suites import Suite
+from csrm_jax.judge import load
 from csrm_jax.storage import AnyPath
 
 METRICS = (
@@ -97,7 +98,7 @@ def evaluate(
       it. None: nothing is written.
     judge_names: of `judges.NAMES` and `judges.BASELINES`, "hf:FOLDER",
       "endpoint:MODEL@URL" (key in the environment, `ENDPOINT_KEY`), or any
-      model that `score.load` takes.
+      model that `judge.load` takes.
     train_rows: .jsonl file that baselines learn from; default: the rows that
       the model was trained on.
     rows: of each suite, by whole families; 0: all, or the suite's own number.
@@ -202,7 +203,7 @@ def open_model(model: str | AnyPath | Judge) -> Model:
   """A model folder, or a function from rows to log-odds, as a `Model`."""
   if callable(model):
     return Model(remember(model), {}, 1.0, collections.Counter())
-  loaded = score.load(model)
+  loaded = load(model)
   facts = {
     "model_fingerprint": loaded.fingerprint,
     "template_fingerprint": template.fingerprint(loaded.tokenizer),

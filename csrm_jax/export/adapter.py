@@ -1,6 +1,6 @@
 """The adapter alone, in the layout of PEFT: a few MiB on top of a known base.
 
-`score.load` merges it into that base; PEFT reads the same folder. Before the
+`judge.load` merges it into that base; PEFT reads the same folder. Before the
 folder gets its name, it is loaded again and must score fixed rows as the judge
 does whose adapter was rounded likewise.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 
-from csrm_jax import score, storage
+from csrm_jax import storage
 from csrm_jax.eval import recipes
 from csrm_jax.export import adapter_card, huggingface
+from csrm_jax.judge import Judge, load
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, pretrained
 from csrm_jax.model.names import flatten, unflatten
-from csrm_jax.score import Judge
 from csrm_jax.storage import AnyPath
 from csrm_jax.types import Params
 
@@ -65,7 +65,7 @@ def export(
       " which knows its base"
     )
   recipe = json.loads((workdir / "config.json").read_text("utf-8"))
-  judge = score.load(model)
+  judge = load(model)
   if "lora_a" not in {k.rsplit("/", 1)[-1] for k in flatten(judge.params)}:
     raise ValueError(
       f"{model}: has no adapter; train with --config.model.lora_rank=16, or"
@@ -86,7 +86,7 @@ def export(
     check = huggingface.compare(
       rounded,
       wanted,
-      huggingface.read_rows(score.load(partial), head),
+      huggingface.read_rows(load(partial), head),
       reader="csrm_jax",
     )
     moved = np.abs(wanted - huggingface.read_rows(judge, head))

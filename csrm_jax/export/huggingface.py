@@ -18,10 +18,10 @@ from csrm_jax import score, storage
 from csrm_jax.data import template
 from csrm_jax.eval import recipes
 from csrm_jax.export import card
+from csrm_jax.judge import Judge, load
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model import lora, names
 from csrm_jax.model.backbone import ARCHITECTURE_NAMES
-from csrm_jax.score import Judge
 from csrm_jax.storage import AnyPath
 from csrm_jax.types import Params
 
@@ -50,7 +50,7 @@ def export(
   """Writes and verifies a `*ForSequenceClassification` folder.
 
   Args:
-    model: anything that `score.load` takes.
+    model: anything that `judge.load` takes.
     output: folder to write, here or gs://; an earlier export there is replaced.
     head: "compliance" (the score is log-odds under `spec=`, temperature folded
       in) or "helpfulness" (read without any spec).
@@ -64,7 +64,7 @@ def export(
   """
   output = storage.path(output, flag="--output")
   check_output(output)
-  judge = score.load(model)
+  judge = load(model)
   facts = recipes.here(model)
   row = head_row(judge, head)
   with storage.naming(output), storage.writing(output) as partial:
@@ -135,7 +135,7 @@ def check_output(output: AnyPath) -> None:
 
 
 def _config(judge: Judge, head: str) -> dict[str, Any]:
-  """config.json; its key "csrm" is what `score.load` checks."""
+  """config.json; its key "csrm" is what `judge.load` checks."""
   config = judge.model.architecture.to_config()
   name = ARCHITECTURE_NAMES[judge.model.architecture.family]
   pad = template.pad_token(judge.tokenizer)
@@ -158,7 +158,7 @@ def _config(judge: Judge, head: str) -> dict[str, Any]:
 
 
 def metadata(judge: Judge, head: str) -> dict[str, Any]:
-  """What `score.load` checks, and where an export came from."""
+  """What `judge.load` checks, and where an export came from."""
   return {
     "head": head,
     "temperature": judge.temperature,  # already inside score.weight
@@ -295,7 +295,7 @@ def verify(judge: Judge, folder: Path, head: str) -> Check:
   if importlib.util.find_spec("torch"):
     reader, found = "transformers", _read_by_transformers(folder, rows, head)
   else:
-    reader, found = "csrm_jax", read_rows(score.load(folder), head)
+    reader, found = "csrm_jax", read_rows(load(folder), head)
   return compare(judge, read_rows(judge, head), found, reader=reader)
 
 

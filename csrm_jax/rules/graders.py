@@ -23,10 +23,10 @@ from csrm_jax.data.template import Message
 from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.eval.chat import Endpoint, connect, in_order
 from csrm_jax.eval.endpoint import read_verdict
+from csrm_jax.judge import Judge
 from csrm_jax.model import reward
 from csrm_jax.rules.completions import Completion, truths
 from csrm_jax.rules.propositions import Book, Proposition
-from csrm_jax.score import Judge
 from csrm_jax.score_cached import SpecCache
 from csrm_jax.spec import Rule, Spec
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from csrm_jax.data.sets.shapes import pseudo
 from csrm_jax.data.template import Message
-from csrm_jax.score import Judge
+from csrm_jax.judge import Judge
 from csrm_jax.score_cached import SpecCache
 from csrm_jax.spec import Rule, Spec
 

@@ -14,10 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from csrm_jax.data import template
+from csrm_jax.judge import Judge
 from csrm_jax.model.cache import empty, extend
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.rules.completions import Completion
-from csrm_jax.score import Judge
 from csrm_jax.types import Params
 
 _LENGTHS = (64, 128, 192, 256, 384, 512)  # tokens that get compiled
@@ -41,7 +41,7 @@ def states(
   than `most` tokens in all, half of them of the prompt where both are long.
 
   Args:
-    judge: any model that `score.load` or `graders.yes_no_model` gives.
+    judge: any model that `judge.load` or `graders.yes_no_model` gives.
     rows: their last message is the response.
     most: tokens read of a row, up to 512.
   """

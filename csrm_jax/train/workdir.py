@@ -84,7 +84,7 @@ def write_recipe(
   *,
   data_fingerprint: str,
 ) -> None:
-  """config.json, model.json and the tokenizer; what `score.load` reads."""
+  """config.json, model.json and the tokenizer; what `judge.load` reads."""
   before = _described(workdir) if _begun(workdir) else {}
   described = reward.describe(model) | _fingerprints(tokenizer)
   described["data_fingerprint"] = data_fingerprint
