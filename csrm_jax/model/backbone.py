@@ -5,6 +5,7 @@ under `jax.lax.scan`, so that compile time does not grow with depth.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -350,6 +351,14 @@ class Attention(nnx.Module):
     return rotate(q, rope), rotate(k, rope), v
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)  # see run_stack
+def _gated(
+  gate: Float[Array, "m f"], up: Float[Array, "m f"]
+) -> Float[Array, "m f"]:
+  """silu(gate) * up; the backward pass keeps these two and nothing between."""
+  return jax.nn.silu(gate) * up
+
+
 class MLP(nnx.Module):
   """SwiGLU: down(silu(gate x) * up x)."""
 
@@ -362,9 +371,9 @@ class MLP(nnx.Module):
   def __call__(
     self, x: Float[Array, "m d"], *, lora_scale: float
   ) -> Float[Array, "m d"]:
-    gate = jax.nn.silu(self.gate(x, lora_scale=lora_scale))
+    gate = self.gate(x, lora_scale=lora_scale)
     up = self.up(x, lora_scale=lora_scale)
-    return self.down(gate * up, lora_scale=lora_scale)
+    return self.down(_gated(gate, up), lora_scale=lora_scale)
 
 
 class Block(nnx.Module):
@@ -444,7 +453,7 @@ def run_stack(
     positions: of the tokens in their sequences, from 0.
     subtree_end: mask, see `types.Batch`.
     kind: of attention, see `attention.attention`.
-    remat: what the backward pass keeps: "none" recomputes nothing, "layer"
+    remat: what the backward pass keeps: "none" recomputes no product, "layer"
       keeps the input of each layer and what its attention in blocks needs,
       "dots" also its weight products.
     lora_rank: rank of the low-rank updates in `params`; 0 if there are none.
