@@ -284,7 +284,7 @@ def _written(
 ) -> dict[str, Any]:
   result = {
     **machine.describe(PACKAGES),
-    "config": args.config,
+    "config": Path(args.config).name,
     "suites": args.suites,
     "rows": list(found),
     "spread": ablation_table.spread(found),
