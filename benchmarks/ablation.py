@@ -259,7 +259,7 @@ def ablate(args: argparse.Namespace) -> dict[str, Any]:
   """Every row for every seed, seeds outermost; the content of the output."""
   wanted = [(name, seed) for seed in range(args.seeds) for name in args.only]
   told = {
-    row["recipe_sha256"]: row for row in read(args.output).get("rows", [])
+    row.get("recipe_sha256"): row for row in read(args.output).get("rows", [])
   }
   found = {
     (name, seed): told[mark]

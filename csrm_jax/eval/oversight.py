@@ -159,7 +159,8 @@ def evaluate(
     {"id": r["id"], "messages": list(r["messages"]), "spec": _text(r)}
     for r in kept
   ]
-  forms, rules = {PLAIN: ask(judge, questions)}, _rules(judge, questions)
+  forms = {PLAIN: ask(judge, questions)}
+  rules = _rules(judge, questions, forms[PLAIN])
   forms |= rules[0]
   found: dict[str, Any] = {
     "rows": len(kept),
@@ -202,7 +203,7 @@ def evaluate(
 
 
 def _rules(
-  judge: Judge, rows: Sequence[Row]
+  judge: Judge, rows: Sequence[Row], plain: Float[np.ndarray, " n"]
 ) -> tuple[dict[str, Float[np.ndarray, " n"]], int]:
   """The judge with its verdicts on single rules; rows with several rules."""
   lines = [rules_of(row) for row in rows]
@@ -217,7 +218,6 @@ def _rules(
     with_rule_scores(row, z, [line for line, _ in some]) if some else row
     for row, z, some in zip(rows, scores, lines, strict=True)
   ]
-  plain = ask(judge, rows)
   product = [
     all_rules(z) if z else float(alone)
     for z, alone in zip(scores, plain, strict=True)

@@ -49,7 +49,8 @@ class RewardModel:
     lora_alpha: adapters are scaled by `lora_alpha / lora_rank`.
     remat: see `backbone.run_stack`.
     dtype: of the computation; parameters and readouts are float32. "mixed":
-      float32, but `backbone.mixed_matmul` for products with kernels.
+      float32, but bfloat16 operands for products with kernels
+      (`backbone.mixed_matmul`) and for those of attention in "blocks".
     attention: kind, see `attention.attention`.
     safe_ids: tokens that say "complies"; the first starts the linear head.
     unsafe_ids: tokens that say "violates"; likewise.
