@@ -17,8 +17,9 @@ TOKENS = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
 LENGTH = jnp.array([12, 9], jnp.int32)
 
 
-def models(rank):
+def models(rank, layers=-1):
   config = tiny.get_config().model
+  config.train_layers = layers
   config.lora_rank, config.lora_alpha = rank, 32.0
   policy, load = reward.make(config, vocab_size=64, language_model=True)
   return policy, load
@@ -40,9 +41,13 @@ def judge_of(policy, load, rank):
 
 
 @pytest.mark.parametrize("heads_only", [False, True])
-@pytest.mark.parametrize("rank, its_rank", [(4, 4), (4, 0), (0, 4)])
-def test_a_critic_starts_as_the_judge_it_comes_from(rank, its_rank, heads_only):
-  policy, load = models(rank)
+@pytest.mark.parametrize(
+  "rank, its_rank, layers", [(4, 4, -1), (4, 0, 1), (0, 4, -1), (0, 4, 1)]
+)
+def test_a_critic_starts_as_the_judge_it_comes_from(
+  rank, its_rank, layers, heads_only
+):
+  policy, load = models(rank, layers)
   judge, params = judge_of(policy, models(0)[1], its_rank)
   model = agents.critic_model(judge, policy, heads_only=heads_only)
   width = judge.architecture.width
@@ -70,6 +75,14 @@ def test_a_critic_starts_as_the_judge_it_comes_from(rank, its_rank, heads_only):
   leaves = set(flatten(trained["cost_critic"]))
   assert {"head/kernel", "head/bias"} <= leaves
   assert (leaves == {"head/kernel", "head/bias"}) == heads_only
+  # As many layers of the critic are trained as of the policy.
+  both = (trained["policy"], trained["cost_critic"])
+  counts = [
+    {len(v) for k, v in flatten(p).items() if k.startswith("upper/")}
+    for p in both
+  ]
+  assert counts[0] == {judge.architecture.layers if layers < 0 else layers}
+  assert counts[1] == (set() if heads_only else counts[0])
   whole = agents.join(trained["cost_critic"], frozen["cost_critic"])
   np.testing.assert_allclose(
     agents.values(model, whole, TOKENS, LENGTH), found, rtol=1e-6

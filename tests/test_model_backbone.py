@@ -11,6 +11,7 @@ from csrm_jax.model import pretrained
 from csrm_jax.model.backbone import (
   Architecture,
   init_stack,
+  mixed_logits,
   mixed_matmul,
   run_stack,
 )
@@ -251,13 +252,21 @@ def test_lower_precision_stays_close(tiny, dtype):
   assert not np.array_equal(got, expected)
 
 
-def test_mixed_matmul_rounds_operands_alone():
+@pytest.mark.parametrize("turned", [False, True])
+def test_mixed_products_round_operands_alone(turned):
   keys = jax.random.split(jax.random.key(0), 3)
-  x, w, dy = (jax.random.normal(k, (48, 48)) for k in keys)
+  x = jax.random.normal(keys[0], (48, 32))
+  w = jax.random.normal(keys[1], (32, 64))
+  dy = jax.random.normal(keys[2], (48, 64))
   a, b, c = (np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, w, dy))
 
-  y, vjp = jax.vjp(mixed_matmul, x, w)
-  dx, dw = vjp(dy)
+  if turned:
+    y, vjp = jax.vjp(mixed_logits, x, w.T)
+    dx, dw = vjp(dy)
+    dw = dw.T
+  else:
+    y, vjp = jax.vjp(mixed_matmul, x, w)
+    dx, dw = vjp(dy)
 
   assert y.dtype == dx.dtype == dw.dtype == jnp.float32
   np.testing.assert_allclose(y, a @ b, rtol=1e-5, atol=1e-4)

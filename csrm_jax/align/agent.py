@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from csrm_jax.align.ppo import Agent
-from csrm_jax.model import lora
+from csrm_jax.model import lora, reward
 from csrm_jax.model.decode import chains, token_logprobs
 from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.model.reward import RewardModel
@@ -82,13 +82,12 @@ def critic(
     alpha: of the judge's adapters, which are merged.
     heads_only: whether the trunk stays the judge's own.
   """
-  trunk = {k: v for k, v in params.items() if k != "head"}
-  trunk = lora.merge(trunk, alpha)
+  trunk = reward.recut(model, params, key, alpha=alpha)
   if not model.lora_rank and not heads_only:
     # An update gives up what it trains; not the judge's.
     trunk = jax.tree.map(jnp.array, trunk)
   head = {"kernel": jnp.array(rows), "bias": jnp.array(bias)}
-  return model.with_adapters(trunk, key) | {"head": head}
+  return trunk | {"head": head}
 
 
 def split(

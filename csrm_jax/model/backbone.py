@@ -251,12 +251,18 @@ def _mixed_forward(x: Array, kernel: Array) -> Any:
 def _mixed_backward(saved: tuple[Array, Array], dy: Array) -> Any:
   x, kernel = saved
   dx = _bfloat16_dot(dy, kernel, ((1,), (1,)))
-  # CPUs have no fast kernel for a sum over the leading axis of both operands,
-  # so x is laid out anew; by itself, XLA folds the transpose into the product.
-  transposed = jax.lax.platform_dependent(
+  return dx, _bfloat16_dot(_turned(x), dy, ((1,), (0,)))
+
+
+def _turned(x: Array) -> Array:
+  """x transposed, bfloat16, for a product that sums over its leading axis.
+
+  CPUs have no fast kernel for a sum over the leading axis of both operands, so
+  one is laid out anew; by itself, XLA folds the transpose into the product.
+  """
+  return jax.lax.platform_dependent(
     x.astype(jnp.bfloat16).T, cpu=_row_major, default=lambda x: x
   )
-  return dx, _bfloat16_dot(transposed, dy, ((1,), (0,)))
 
 
 def _row_major(x: Array) -> Array:
@@ -264,6 +270,27 @@ def _row_major(x: Array) -> Array:
 
 
 mixed_matmul.defvjp(_mixed_forward, _mixed_backward)
+
+
+@jax.custom_vjp
+def mixed_logits(
+  x: Float[Array, "m d"], output: Float[Array, "v d"]
+) -> Float[Array, "m v"]:
+  """`mixed_matmul` with an output embedding, that is not transposed for it."""
+  return _bfloat16_dot(x, output, ((1,), (1,)))
+
+
+def _logits_forward(x: Array, output: Array) -> Any:
+  return mixed_logits(x, output), (x, output)
+
+
+def _logits_backward(saved: tuple[Array, Array], dy: Array) -> Any:
+  x, output = saved
+  dx = _bfloat16_dot(dy, output, ((1,), (0,)))
+  return dx, _bfloat16_dot(_turned(dy), x, ((1,), (0,)))
+
+
+mixed_logits.defvjp(_logits_forward, _logits_backward)
 
 
 class Linear(nnx.Module):

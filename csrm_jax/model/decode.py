@@ -6,6 +6,7 @@ follow its own length, so the gap between its prompt and there is never read.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -125,7 +126,7 @@ def generate(
   For use under `jax.jit`: shapes depend on those of `prompts` and on `max_new`
   alone, and the loop ends once all rows have stopped. A row depends on its
   prompt and its key only, but for the rounding of products of another size.
-  Adapters are merged first; with `model.dtype = "mixed"` products are float32.
+  Adapters are merged first.
 
   Args:
     model: with an output embedding (tied, or `keep_lm_head`).
@@ -146,14 +147,15 @@ def generate(
   n, p = prompts.shape
   _check(model, p, max_new, temperature, top_p)
   params = lora.merge(params, model.lora_alpha)
-  dtype = "float32" if model.dtype == "mixed" else model.dtype
-  model = dataclasses.replace(model, lora_rank=0, dtype=dtype)
+  model = dataclasses.replace(model, lora_rank=0)
+  dtype = "bfloat16" if model.dtype == "mixed" else model.dtype
+  output = model._output(params).astype(dtype)
   stops = jnp.asarray(tuple(stop_ids), jnp.int32)
 
   def pick(states: Float[Array, "n d"], t: Any) -> Array:
     hidden = model._final_norm(params, states)
     step_keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
-    logits = model._vocabulary(params, hidden)
+    logits = model._to_logits(output, hidden)
     return choose(logits, step_keys, temperature=temperature, top_p=top_p)
 
   index = jnp.broadcast_to(jnp.arange(p), (n, p))
@@ -225,11 +227,17 @@ def _check(
 
 
 def _unrolled(params: Params, dtype: str) -> list[Params]:
-  """Parameters of each layer; cut and cast here, not once a token."""
+  """Parameters of each layer; cut, and kernels cast, here, not once a token."""
+
+  def cut(path: Any, x: Array, i: int) -> Array:
+    return x[i].astype(dtype) if path[-1].key == "kernel" else x[i]
+
   layers = []
   for stack in (params[name] for name in STACKS if name in params):
     for i in range(jax.tree.leaves(stack)[0].shape[0]):
-      layers.append(jax.tree.map(lambda x, i=i: x[i].astype(dtype), stack))
+      layers.append(
+        jax.tree_util.tree_map_with_path(functools.partial(cut, i=i), stack)
+      )
   return layers
 
 

@@ -23,6 +23,7 @@ from csrm_jax.model.backbone import (
   REMAT,
   Architecture,
   init_stack,
+  mixed_logits,
   normals,
   rms_norm,
   run_stack,
@@ -31,6 +32,7 @@ from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.types import Batch, Indices, Params
 
 HEADS = ("linear", "verbaliser")
+DTYPES = ("float32", "bfloat16", "mixed")
 LoadParams = Callable[..., Params]
 
 
@@ -50,7 +52,8 @@ class RewardModel:
     remat: see `backbone.run_stack`.
     dtype: of the computation; parameters and readouts are float32. "mixed":
       float32, but bfloat16 operands for products with kernels
-      (`backbone.mixed_matmul`) and for those of attention in "blocks".
+      (`backbone.mixed_matmul`), the vocabulary's among them, and for those of
+      attention in "blocks".
     attention: kind, see `attention.attention`.
     safe_ids: tokens that say "complies"; the first starts the linear head.
     unsafe_ids: tokens that say "violates"; likewise.
@@ -74,7 +77,7 @@ class RewardModel:
     choices = {
       "head": HEADS,
       "remat": REMAT,
-      "dtype": ("float32", "bfloat16", "mixed"),
+      "dtype": DTYPES,
       "attention": KINDS,
     }
     for key, allowed in choices.items():
@@ -266,16 +269,26 @@ class RewardModel:
 
   def _vocabulary(self, params: Params, hidden: Array) -> Array:
     """Logits of hidden states; float32 sums whatever the dtype."""
+    return self._to_logits(self._output(params), hidden)
+
+  def _output(self, params: Params) -> Float[Array, "v d"]:
+    """The output embedding."""
     if self.architecture.tied:
-      kernel = params["embed"]["embedding"]
-    elif self.has_lm_head:
-      kernel = params["lm_head"]["kernel"]
-    else:
-      raise ValueError("no output embedding here: set keep_lm_head=True")
+      return params["embed"]["embedding"]
+    if self.has_lm_head:
+      return params["lm_head"]["kernel"]
+    raise ValueError("no output embedding here: set keep_lm_head=True")
+
+  def _to_logits(
+    self, output: Float[Array, "v d"], hidden: Float[Array, "..."]
+  ) -> Float[Array, "..."]:
+    if self.dtype == "mixed":
+      logits = mixed_logits(hidden.reshape(-1, hidden.shape[-1]), output)
+      return logits.reshape(*hidden.shape[:-1], -1)
     return jnp.einsum(
       "...d,vd->...v",
       hidden,
-      kernel.astype(hidden.dtype),
+      output.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     )
 
@@ -409,15 +422,22 @@ def _continue(
     shapes = flatten(jax.eval_shape(old.init, key))
     places = unflatten({k: known.get(k, whole) for k in shapes})
   params = checkpoint.restore_params(path, shardings=places)
-  cut = functools.partial(_recut, old, model)
+  cut = functools.partial(recut, model, alpha=old.lora_alpha)
   return jax.jit(cut, out_shardings=shardings)(params, key)
 
 
-def _recut(
-  old: RewardModel, new: RewardModel, params: Params, key: jax.Array
+def recut(
+  new: RewardModel, params: Params, key: jax.Array, *, alpha: float
 ) -> Params:
-  """Parameters of `old` in the stacks of `new`."""
-  params = lora.merge(params, old.lora_alpha)
+  """Parameters of another model in the stacks of `new`, with new adapters.
+
+  Args:
+    new: the model that they are for.
+    params: of a model of the same architecture, whatever layers it trained.
+    key: of the adapters.
+    alpha: of its own adapters, which are merged.
+  """
+  params = lora.merge(params, alpha)
   stacks = [params[k] for k in ("lower", "upper") if k in params]
   layers = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
   kept = ("embed", "final_norm", "head") + ("lm_head",) * new.has_lm_head
