@@ -189,8 +189,8 @@ def small(tmp_path):
     ],
   )
   rows = [
-    {"id": f"l{i}", "input": f"In {i}", "output_1": "a", "output_2": "b"}
-    | {"label": 1 + i}
+    {"id": f"l{i}", "input": f"In {i}", "output_1": f"it goes in by {i} ways"}
+    | {"output_2": f"a way in leads to {i}", "label": 1 + i}
     for i in range(2)
   ]
   write("preference_general", rows, 1)
@@ -451,7 +451,7 @@ def test_preferences_weigh_the_lead(small):
   assert by_id["p0"]["weight"] == 1
   assert by_id["p1"]["weight"] == pytest.approx(1 / 3)
   assert by_id["p1"]["chosen"][0]["content"] == "two"
-  assert by_id["l1"]["chosen"][0]["content"] == "b"
+  assert by_id["l1"]["chosen"][0]["content"] == "a way in leads to 1"
   assert by_id["a0"]["kind"] == "resp" and by_id["a1"]["kind"] == "help"
   assert by_id["f"]["prompt"][0]["role"] == "system"
   assert counts["preference_general_dropped_tie"] == 2
@@ -502,6 +502,42 @@ def test_answers_that_may_refuse_are_left_out(small):
   stems = {r["id"].split("/")[0] for r in found}
   assert "l1" in stems and "l0" not in stems
   assert counts["answering_dropped_perhaps_refusal"] == 1
+
+
+def test_answers_stand_against_what_is_plainly_none(small):
+  prompts = ("Where do the tides come from?", "Name a prime above ten, please.")
+  answers = (
+    "The moon pulls the water.\nSo it rises twice a day.",
+    "Eleven is a prime number, as nothing divides it.",
+  )
+  rows = [
+    {"id": f"l{i}", "input": prompts[i], "output_1": answers[i]}
+    | {"output_2": "b", "label": 1}
+    for i in range(2)
+  ]
+  _put(small, SETS["contrasts"].files[1], rows)
+
+  found, counts = _load("contrasts", small)
+
+  by_id = {row["id"]: row for row in found}
+  assert len(by_id) == 8 and {row["kind"] for row in found} == {"help"}
+  for i in range(2):
+    sides = {
+      kind: (
+        by_id[f"l{i}-{kind}"]["chosen"][0]["content"],
+        by_id[f"l{i}-{kind}"]["rejected"][0]["content"],
+      )
+      for kind in ("other", "refusal", "disordered", "repeated")
+    }
+    for chosen, rejected in sides.values():
+      assert answers[i].startswith(chosen) and chosen != rejected
+      assert len(chosen.split()) >= 8
+    assert answers[1 - i].startswith(sides["other"][1])
+    assert sorted(sides["disordered"][1].split()) == sorted(answers[i].split())
+    assert not set(sides["repeated"][1].split()) - set(answers[i].split())
+  # Answers of one word, and three sets' prompts with them, are left out.
+  assert counts["contrasts_read"] == 2 + counts["contrasts_dropped_short"]
+  assert _load("contrasts", small)[0] == found
 
 
 def test_rm_bench_prompts_weigh_one(small):
@@ -585,6 +621,7 @@ LEAST = {
   "hh_harmless": 2000,
   "preference_general": 1200,
   "answering": 4500,
+  "contrasts": 1500,
   "rm_bench": 2500,
   "cosa": 5500,
   "openai_moderation": 1100,

@@ -15,6 +15,7 @@ from csrm_jax.data.contract import Row, find
 from csrm_jax.data.sets import (
   answering,
   beavertails,
+  contrasts,
   cosa,
   diasafety,
   guard_response_labels,
@@ -100,6 +101,13 @@ SETS: Mapping[str, Set] = {
   "answering": Set(
     answering.FILES,
     answering.rows,
+    "Apache-2.0; MIT",
+    True,
+    base="preference_general",
+  ),
+  "contrasts": Set(
+    contrasts.FILES,
+    contrasts.rows,
     "Apache-2.0; MIT",
     True,
     base="preference_general",
