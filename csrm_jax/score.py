@@ -150,15 +150,25 @@ def check_options(
       f"{judge.path} is an export of the helpfulness head, which reads no spec;"
       " score with the workdir, or with an export of the compliance head"
     )
-  if helpfulness and not judge.has_helpfulness:
-    raise ValueError(
-      f"{judge.path} has no trained helpfulness head; train on pairs of kind"
-      " 'help', or leave --helpfulness out"
-    )
+  if helpfulness:
+    check_helpfulness(judge)
   if not 0 <= max_tokens <= judge.context:
     raise ValueError(
       f"max_tokens = {max_tokens}; use 1 to {judge.context} tokens (the context"
       " of the backbone), or 0 for all of it"
+    )
+
+
+def check_helpfulness(judge: Judge) -> None:
+  """Refuses a judge that cannot tell how helpful a response is.
+
+  Raises:
+    ValueError: names the judge.
+  """
+  if not judge.has_helpfulness:
+    raise ValueError(
+      f"{judge.path} has no trained helpfulness head; train on pairs of kind"
+      " 'help', or leave --helpfulness out"
     )
 
 

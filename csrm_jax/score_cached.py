@@ -79,9 +79,10 @@ class SpecCache:
     Raises:
       ValueError: an empty spec, or a judge that scores none.
     """
-    score.check_options(judge, turns="last", max_tokens=0, helpfulness=False)
     self.judge = judge
     self.specs = tuple(Spec.parse(spec) for spec in specs)
+    if self.specs:
+      score.check_options(judge, turns="last", max_tokens=0, helpfulness=False)
     self.cut: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[int] = collections.Counter()
     self._prefixes: list[_Prefix] = []
@@ -146,11 +147,9 @@ class SpecCache:
     """Readout of the helpfulness head for each last response, without a spec.
 
     Raises:
-      ValueError: the judge has no such head, or as `scores`.
+      ValueError: that head was not trained, or as `scores`.
     """
-    score.check_options(
-      self.judge, turns="last", max_tokens=0, helpfulness=True
-    )
+    score.check_helpfulness(self.judge)
     pairs = [(row, len(self.specs)) for row in range(len(conversations))]
     return self._ask(conversations, pairs)[0][:, 1]
 

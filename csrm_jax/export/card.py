@@ -108,6 +108,17 @@ LIMITS = """\
   second, independent judge.
 """
 
+HELPFUL_LIMITS = """\
+## Limits
+
+- A small model errs. Measure it on your own conversations before you rely on
+  it.
+- It reads no spec: what is helpful may be harmful. Bind it by a judge that
+  does.
+- Optimising a policy against this score will find its weaknesses: read what
+  the policy says.
+"""
+
 
 def render(
   config: Mapping[str, Any],
@@ -153,7 +164,7 @@ def render(
     f"- Padding token: id {config['pad_token_id']}, which no prompt contains.",
     *made_of(ours, check),
     "",
-    LIMITS,
+    LIMITS if compliance else HELPFUL_LIMITS,
   ]
   return "\n".join(lines)
 
