@@ -30,15 +30,13 @@ from csrm_jax.align import feedback, online, ppo
 from csrm_jax.align import setup as setups
 from csrm_jax.config import Config
 from csrm_jax.data import domains, groups
-from csrm_jax.judge import SHIPPED, Judge, load
-from csrm_jax.score_cached import SpecCache
+from csrm_jax.judge import SHIPPED, load
 from csrm_jax.spec import Spec
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 PARTS = ("sample", "judge", "update")
-# In place of a reward model that --reward names: as much work for the judge.
-HELPFUL = "S1: answer the question that was asked"
+REWARD = ROOT / "models" / "smollm2-135m-helpfulness"
 
 
 class Mode(NamedTuple):
@@ -69,6 +67,8 @@ def recipe(args: argparse.Namespace, specs: list[str], judged: int) -> Config:
   changes: dict[str, Any] = {
     "align.specs": ",".join(specs),
     "align.judged": judged,
+    "align.judge": args.judge,
+    "align.reward": args.reward,
     "align.prompts": "synthetic",
     "align.prompts_per_step": args.prompts,
     "align.samples": args.samples,
@@ -143,21 +143,15 @@ def summary(values: list[float]) -> dict[str, float]:
   }
 
 
-def rewards(args: argparse.Namespace, judge: Judge) -> Any:
-  if args.reward:
-    return feedback.reward_of(load(args.reward))
-  cache = SpecCache(judge, [HELPFUL])
-  return lambda conversations: cache.scores(conversations).log_odds[:, 0]
-
-
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
   specs = []
   for i in range(args.constraints):
     specs.append(str(folder / f"c{i:02d}.txt"))
     Path(specs[-1]).write_text(spec_of(i).render() + "\n", encoding="utf-8")
-  judge = load(args.judge or SHIPPED)
-  reward = rewards(args, judge)
   first = recipe(args, specs[:1], 0)
+  dtype = first.align.judge_dtype
+  judge = load(args.judge).computing(dtype)
+  reward = feedback.reward_of(load(args.reward).computing(dtype))
   many = recipe(args, specs, 0)
   start = time.perf_counter()
   asked = {
@@ -205,8 +199,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     "updates": args.steps,
     "repetitions": args.repetitions,
     "same_responses": all(same),
-    "judge": Path(args.judge or SHIPPED).name,
-    "reward": Path(args.reward).name if args.reward else "the judge, 1 spec",
+    "judge": Path(args.judge).name,
+    "reward": Path(args.reward).name,
+    "judge_dtype": dtype,
     "spec_tokens": {"mean": float(np.mean(lengths)), "max": max(lengths)},
     "seconds_to_read_specs": read,
   } | machine.describe(PACKAGES)
@@ -225,10 +220,8 @@ def main() -> None:
     ("response_length", 64, "tokens, at most"),
   ):
     parser.add_argument(f"--{name}", type=int, default=value, help=what)
-  parser.add_argument("--judge", default="", help="folder; empty: the shipped")
-  parser.add_argument(
-    "--reward", default="", help="folder; empty: the judge under one more spec"
-  )
+  parser.add_argument("--judge", default=str(SHIPPED), help="folder")
+  parser.add_argument("--reward", default=str(REWARD), help="folder")
   args = parser.parse_args()
   with errors.told():
     if min(args.constraints - 1, args.steps, args.repetitions) < 1:

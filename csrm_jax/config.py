@@ -106,6 +106,8 @@ def default() -> Config:
   #                   "reinforce" | "dpo" | "ipo" | "distill" | "best_of_n" |
   #                   "constitutional"; see docs/align.md
   a.judge = ""  # folder of the judge that costs come from; "": the shipped one
+  a.judge_dtype = "float32"  # judges, reward model and monitor compute in it:
+  #                            as model.dtype, but "auto"
   a.reward = ""  # folder of the reward model; "": the judge's own helpfulness
   a.reward_spec = ""  # spec file: its log-odds are the reward, no helpfulness
   a.reward_scale = 1.0  # rewards are multiplied by it; costs are not

@@ -65,6 +65,11 @@ class Judge:
     """Whether the helpfulness row was trained; it starts at zero."""
     return bool(np.any(np.asarray(self.params["head"]["kernel"][1])))
 
+  def computing(self, dtype: str) -> "Judge":
+    """The same judge, computing in a dtype of `RewardModel`."""
+    model = dataclasses.replace(self.model, dtype=dtype)
+    return dataclasses.replace(self, model=model)
+
   @functools.cached_property
   def context(self) -> int:
     """Longest sequence that the backbone takes, tokens."""

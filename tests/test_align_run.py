@@ -144,6 +144,7 @@ def test_another_recipe_is_refused(whole, judge):
     ({"align.limits": "1.5"}, "one rate in"),
     ({"align.method": "trpo"}, "align.method=trpo: use one of ppo"),
     ({"align.cost": "hinge"}, "align.cost=hinge: use one of rate"),
+    ({"align.judge_dtype": "auto"}, "align.judge_dtype=auto: use one of float"),
     ({"align.prompts": "nowhere.jsonl"}, "no such file"),
     ({"align.prompts": "synthetic/moon"}, "no domain 'moon'"),
     ({"align.ptx_weight": 1.0}, "without anything to imitate"),
@@ -179,6 +180,11 @@ def test_a_spec_can_be_the_reward(judge):
   spec = csrm_jax.Spec.read("specs/align/study_hall.yaml")
   expected = [s.log_odds for s in csrm_jax.score(loaded, spec, asked)]
   np.testing.assert_allclose(found, expected, atol=1e-4)
+  # Computed otherwise it is the same but for rounding.
+  mixed = loaded.computing("mixed")
+  near = feedback.reward_of(mixed, spec="specs/align/study_hall.yaml")(asked)
+  np.testing.assert_allclose(near, expected, atol=0.1)
+  assert not np.array_equal(near, found)
 
 
 def test_no_helpfulness_no_reward(judge, tmp_path):

@@ -249,6 +249,23 @@ def test_runs_from_top_to_bottom(committed, tmp_path, monkeypatch):
   assert "example.jsonl:5: field 'spec': missing" in printed
 
 
+def _pairs_of_help(path):
+  def said(text):
+    return [{"role": "assistant", "content": text}]
+
+  rows = [
+    {
+      "id": f"h{i}",
+      "prompt": [{"role": "user", "content": f"What is {i} and one?"}],
+      "chosen": said(f"It is {i + 1}."),
+      "rejected": said("No."),
+      "kind": "help",
+    }
+    for i in range(8)
+  ]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.slow
 def test_two_specs_make_two_policies(tmp_path, monkeypatch):
   config = tiny.get_config()
@@ -256,7 +273,12 @@ def test_two_specs_make_two_policies(tmp_path, monkeypatch):
   config.batch_rows = 2
   config.data.examples = 8
   fit(config, tmp_path / "judge")
+  _pairs_of_help(tmp_path / "help.jsonl")
+  config.data.source, config.data.path = "jsonl", str(tmp_path / "help.jsonl")
+  config.loss.help, config.optimizer.head_lr = 1.0, 1.0
+  fit(config, tmp_path / "reward")
   monkeypatch.setenv("CSRM_JUDGE", str(tmp_path / "judge"))
+  monkeypatch.setenv("CSRM_REWARD", str(tmp_path / "reward"))
   monkeypatch.setenv("CSRM_POLICY", "random")
   monkeypatch.setenv("CSRM_UPDATES", "2")
   notebook = _run(

@@ -24,6 +24,7 @@ from csrm_jax.align.ppo import AlignState
 from csrm_jax.align.setup import Setup
 from csrm_jax.config import Config
 from csrm_jax.export import causal
+from csrm_jax.model.reward import DTYPES
 from csrm_jax.storage import AnyPath
 from csrm_jax.train import workdir as workdirs
 from csrm_jax.types import TrainState
@@ -82,7 +83,11 @@ def align(
 
 def _check(config: Config) -> None:
   align = config.align
-  for key, allowed in (("method", METHODS), ("cost", limits.FORMS)):
+  for key, allowed in (
+    ("method", METHODS),
+    ("cost", limits.FORMS),
+    ("judge_dtype", DTYPES),
+  ):
     if align[key] not in allowed:
       raise ValueError(
         f"--config.align.{key}={align[key]}: use one of {', '.join(allowed)}"

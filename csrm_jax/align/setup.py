@@ -96,8 +96,8 @@ def set_up(
   mesh = sharding.make_mesh(**config.mesh)
   rows = align.prompts_per_step * align.samples
   sharding.check_rows(align.pairs_per_step if offline else rows, 1, mesh)
-  judge = load(align.judge or str(SHIPPED)) if bound else None
-  rewarder = load(align.reward) if align.reward else judge
+  judge = _loaded(config, align.judge or str(SHIPPED)) if bound else None
+  rewarder = _loaded(config, align.reward) if align.reward else judge
   if reward is None and rewarder is not None:
     needed = not offline and align.method not in UNTRAINED
     if needed or align.reward or align.reward_spec or rewarder.has_helpfulness:
@@ -111,7 +111,7 @@ def set_up(
     compliance = feedback.compliance_of(judge, bound)
   monitor = None
   if align.monitor:
-    monitor = feedback.compliance_of(load(align.monitor), bound)
+    monitor = feedback.compliance_of(_loaded(config, align.monitor), bound)
   policy, load_policy = _policy(config, tokenizer)
   networks = agents.Networks(policy)
   params = {
@@ -144,6 +144,11 @@ def set_up(
     imitated=_imitation(config, tokenizer),
   )
   return setup, trained
+
+
+def _loaded(config: Config, path: str) -> Judge:
+  """A model that scores; `align.judge_dtype` says how it computes."""
+  return load(path).computing(config.align.judge_dtype)
 
 
 def _imitation(config: Config, tokenizer: Tokenizer) -> Imitation | None:
