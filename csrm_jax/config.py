@@ -135,7 +135,8 @@ def default() -> Config:
   a.minibatches = 1  # of an epoch
   a.kl = 0.05  # beta, per nat
   a.discount = 1.0  # per token
-  a.gae_lambda = 0.95
+  a.gae_lambda = 0.95  # of the policy's advantages
+  a.critic_lambda = 0.95  # of what critics learn; 1: what a response ends with
   a.clip = 0.2  # of the probability ratio
   a.value_clip = 5.0
   a.score_clip = 50.0  # of rewards and costs, KL included

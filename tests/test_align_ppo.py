@@ -224,6 +224,28 @@ def test_kl_weighs_beta_whatever_lambda():
     np.testing.assert_allclose(advantages, expected, atol=1e-6)
 
 
+def test_critics_can_learn_the_end_of_a_response_alone():
+  """At critic_lambda 1 all that is still to come; advantages stay."""
+  state = make_state(np.random.default_rng(5))
+  episodes = make_episodes(np.random.default_rng(6), state)
+  lam = jnp.array([0.3, 0.0, 2.0])
+  usual = ppo.targets(episodes, lam, kl_coefficient=0.1, gae_lambda=0.5)
+  found = ppo.targets(
+    episodes, lam, kl_coefficient=0.1, gae_lambda=0.5, critic_lambda=1.0
+  )
+  np.testing.assert_array_equal(found.advantages, usual.advantages)
+  mask = np.asarray(episodes.mask)
+  kl = np.asarray(episodes.logprobs - episodes.reference_logprobs) * mask
+  later = np.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
+  left = np.asarray(episodes.rewards)[:, None] - 0.1 * later
+  costs = np.asarray(episodes.costs)[:, None] + 0.1 * later[..., None]
+  np.testing.assert_allclose(found.returns * mask, left * mask, atol=1e-5)
+  np.testing.assert_allclose(
+    found.cost_returns * mask[..., None], costs * mask[..., None], atol=1e-5
+  )
+  assert np.abs((usual.returns - left) * mask).max() > 0.05
+
+
 def test_plain_and_shaping_ignore_multipliers():
   rng = np.random.default_rng(2)
   state = make_state(rng)

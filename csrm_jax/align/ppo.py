@@ -120,6 +120,7 @@ def targets(
   kl_coefficient: float,
   discount: float = 1.0,
   gae_lambda: float = 0.95,
+  critic_lambda: float | None = None,
   score_clip: float = 50.0,
   whiten: bool = True,
   judged: float = 1.0,
@@ -135,6 +136,9 @@ def targets(
     kl_coefficient: beta, per nat.
     discount: per token.
     gae_lambda: of generalised advantage estimation (arXiv:1506.02438).
+    critic_lambda: the same for what critics learn, decoupled (arXiv:2503.01491);
+      None: as `gae_lambda`. At 1 they learn what responses end with, so that a
+      small `gae_lambda` can trust them.
     score_clip: bound on every per-token reward and cost.
     whiten: mean 0 and deviation 1 for the mixed advantage over all tokens of
       responses, which cancels the factor 1 / (1 + sum lam). Reward and cost are
@@ -149,9 +153,14 @@ def targets(
     per_token = advantages.per_token(
       score, kl, mask, kl_coefficient=coefficient, clip=score_clip
     )
-    return advantages.gae(
+    found, returns = advantages.gae(
       per_token, values, mask, discount=discount, gae_lambda=gae_lambda
     )
+    if critic_lambda is not None:
+      _, returns = advantages.gae(
+        per_token, values, mask, discount=discount, gae_lambda=critic_lambda
+      )
+    return found, returns
 
   gained, returns = estimate(
     episodes.rewards, episodes.reward_values, -kl_coefficient

@@ -333,6 +333,7 @@ def update_keywords(config: Config, bound: Sequence[Constraint]) -> Any:
     kl_coefficient=align.kl,
     discount=align.discount,
     gae_lambda=align.gae_lambda,
+    critic_lambda=align.critic_lambda,
     score_clip=align.score_clip,
     whiten=align.whiten,
     judged=drawn / len(bound),
