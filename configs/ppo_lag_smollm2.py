@@ -1,8 +1,9 @@
 """PPO-Lagrangian of SmolLM2-135M: helpfulness, bound by specs.
 
 Cost: half an hour on one CPU core, 17 s an update (two runs at a time on two
-cores). Reward and judge are those that ship with the repository. The policy follows its spec alone:
-specs/align/study_hall.yaml (--config.align.specs) is another one.
+cores). Reward and judge are those that ship with the repository. The policy
+follows its spec alone: specs/align/study_hall.yaml (--config.align.specs) is
+another one.
 """
 
 from csrm_jax.config import default
@@ -33,8 +34,8 @@ def get_config():
   c.align.prompts_per_step = 16
   c.align.samples = 1
   c.align.prompt_length = 40
-  c.align.response_length = 36
-  c.align.logit_tokens = 25  # divides the 75 that are foretold
+  c.align.response_length = 40
+  c.align.logit_tokens = 40
   c.align.temperature = 0.7  # at 1 it rambles, weights of 4 bits as they are
   c.align.kl = 0.03
   c.align.gae_lambda = 0.8

@@ -103,8 +103,8 @@ def default() -> Config:
 
   c.align = a = ConfigDict()  # of launch/align.py; `model` is the policy
   a.method = "ppo"  # "ppo" | "shaping" | "plain" | "grpo" | "rloo" |
-  #                   "reinforce" | "dpo" | "ipo" | "distill" | "best_of_n" |
-  #                   "constitutional"; see docs/align.md
+  #                   "reinforce" | "sft" | "dpo" | "ipo" | "distill" |
+  #                   "best_of_n" | "constitutional"; see docs/align.md
   a.judge = ""  # folder of the judge that costs come from; "": the shipped one
   a.judge_dtype = "float32"  # judges, reward model and monitor compute in it:
   #                            as model.dtype, but "auto"
@@ -153,7 +153,8 @@ def default() -> Config:
   a.critic_trains = "all"  # as much as of the policy; "head": on frozen trunks,
   #                          which cost no backward pass and no memory for it
   a.logit_tokens = 32  # of each response, whose logits are held at a time
-  a.ptx = ""  # JSON lines of messages whose responses are imitated beside
+  a.ptx = ""  # JSON lines of messages whose responses are imitated: beside the
+  #             policy gradient, or by method "sft" alone
   a.ptx_weight = 0.0
   a.ptx_rows = 4  # a step
   a.monitor = ""  # folder of a judge that takes no part, asked beside

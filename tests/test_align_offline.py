@@ -15,7 +15,7 @@ import pytest
 
 from configs import tiny as recipes
 from csrm_jax import peers
-from csrm_jax.align import offline, order, pairwise
+from csrm_jax.align import descent, offline, order, pairwise
 from csrm_jax.align.pairwise import Pairs
 from csrm_jax.align.ppo import Agent
 from csrm_jax.align.run import align
@@ -147,7 +147,7 @@ def _no_critic(*_) -> jax.Array:
 def tabular(table=TABLE):
   optimizers = {"policy": optax.sgd(1.0)}
   params = {"policy": {"table": jnp.asarray(table, jnp.float32)}}
-  state = pairwise.init_state(params, optimizers)
+  state = descent.init_state(params, optimizers)
   frozen = {"policy": {"reference": {"table": jnp.asarray(START, jnp.float32)}}}
   agent = Agent(_logprobs, _no_critic, _no_critic)
   return state, frozen, {"agent": agent, "optimizers": optimizers}

@@ -3,6 +3,7 @@
 Source: CSRM (arXiv:2605.30487). The losses are in `distill.py`.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csrm_jax import sharding
-from csrm_jax.align import distill, online, pairwise
+from csrm_jax.align import descent, distill, online, pairwise
 from csrm_jax.align.pairwise import Pairs
 from csrm_jax.align.rollout import Rollouts
 from csrm_jax.align.setup import Setup
@@ -49,14 +50,17 @@ def prepare(setup: Setup, optimizers: Any, state: TrainState) -> Any:
   align = setup.config.align
   sharding.check_rows(align.prompts_per_step * align.contrasts, 1, setup.mesh)
   shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-  update = pairwise.compile_update(
+  update = descent.compile_update(
+    functools.partial(
+      pairwise.update,
+      agent=setup.agent,
+      optimizers=optimizers,
+      method="distill",
+      beta=align.beta,
+    ),
     shape,
     setup.frozen,
     setup.mesh,
-    agent=setup.agent,
-    optimizers=optimizers,
-    method="distill",
-    beta=align.beta,
   )
   spread = sharding.batch_sharding(setup.mesh)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from csrm_jax import sharding, storage
-from csrm_jax.align import order, pairwise
+from csrm_jax.align import descent, order, pairwise
 from csrm_jax.align.pairwise import Pairs
 from csrm_jax.align.setup import Setup
 from csrm_jax.data import contract, prompt
@@ -161,15 +161,18 @@ def prepare(setup: Setup, optimizers: Any, state: TrainState) -> Any:
   )
   _describe(setup, rows, aside, begun=int(state.step) > 0)
   shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-  update = pairwise.compile_update(
+  update = descent.compile_update(
+    functools.partial(
+      pairwise.update,
+      agent=setup.agent,
+      optimizers=optimizers,
+      method=align.method,
+      beta=align.beta,
+      label_smoothing=align.label_smoothing,
+    ),
     shape,
     setup.frozen,
     setup.mesh,
-    agent=setup.agent,
-    optimizers=optimizers,
-    method=align.method,
-    beta=align.beta,
-    label_smoothing=align.label_smoothing,
   )
   take = functools.partial(
     batch, rows, seed=config.seed, count=align.pairs_per_step

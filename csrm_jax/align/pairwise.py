@@ -1,18 +1,15 @@
 """One update on pairs of responses: DPO, IPO, reward distillation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from csrm_jax import sharding
 from csrm_jax.align import agent as agents
-from csrm_jax.align import distill, dpo
+from csrm_jax.align import descent, distill, dpo
 from csrm_jax.align.ppo import Agent, Metrics
 from csrm_jax.losses import counted, weighted
 from csrm_jax.types import Mean, Params, TrainState
@@ -38,20 +35,6 @@ class Pairs(NamedTuple):
   log_rewards: Any = None  # Float[Array, "n 2"]
 
 
-def init_state(
-  params: Params, optimizers: Mapping[str, optax.GradientTransformation]
-) -> TrainState:
-  """State before the first update; `params` by name of the model."""
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state={name: optimizers[name].init(params[name]) for name in params},
-    skipped=jnp.zeros((), jnp.int32),
-    skipped_in_a_row=jnp.zeros((), jnp.int32),
-    tokens=jnp.zeros((), jnp.float32),
-  )
-
-
 def update(
   state: TrainState,
   frozen: Params,
@@ -65,8 +48,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
   """One step of the policy on the pairs; its start is the reference.
 
-  A non-finite loss or gradient leaves all but the counters as it was; so does
-  a batch whose weights are all 0, without being counted as skipped.
+  What is not finite, and what counts for nothing, changes no parameter: see
+  `descent.descend`.
 
   Args:
     state: trained leaves, as {"policy": ...}.
@@ -103,34 +86,15 @@ def update(
   (_, (loss, said)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
     state.params["policy"]
   )
-  norm = optax.global_norm(gradient)
-  finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
-  taken = finite & (loss.weight > 0)
-  step, moved = optimizers["policy"].update(
-    gradient, state.opt_state["policy"], state.params["policy"]
-  )
-  new = optax.apply_updates(state.params["policy"], step)
-
-  def kept(new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
-
-  skipped = state.skipped + jnp.where(finite, 0, 1)
-  in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-  metrics = _facts(said, known, pairs, beta=beta) | {
-    "loss": loss.value(),
-    "gradient_norm_policy": norm,
-    "skipped": skipped,
-    "skipped_in_a_row": in_a_row,
-  }
   real = jnp.where(pairs.weight > 0, 1.0, 0.0)
-  return TrainState(
-    step=state.step + 1,
-    params=kept({"policy": new}, state.params),
-    opt_state=kept({"policy": moved}, state.opt_state),
-    skipped=skipped,
-    skipped_in_a_row=in_a_row,
-    tokens=state.tokens + jnp.sum(pairs.mask * real[:, None, None]),
-  ), metrics
+  new, metrics = descent.descend(
+    state,
+    gradient,
+    loss,
+    optimizers,
+    tokens=jnp.sum(pairs.mask * real[:, None, None]),
+  )
+  return new, _facts(said, known, pairs, beta=beta) | metrics
 
 
 def _said(
@@ -202,32 +166,3 @@ def _facts(
     "log_ratio_rejected": mean(ratio[:, 1]),
     "length": mean(jnp.mean(jnp.sum(pairs.mask, axis=2), axis=1)),
   }
-
-
-def compile_update(
-  abstract: TrainState,
-  frozen: Params,
-  mesh: Mesh,
-  **keywords: Any,
-) -> Callable[[TrainState, Params, Pairs], tuple[TrainState, Metrics]]:
-  """`update` under jit on a mesh; the state's buffers are donated.
-
-  Args:
-    abstract: shapes of the state.
-    frozen: see `update`.
-    mesh: pairs are spread over replica and fsdp.
-    **keywords: of `update`.
-  """
-
-  def step(state, frozen, pairs):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return update(state, frozen, pairs, **keywords)
-
-  held = sharding.shardings(abstract, mesh)
-  still = sharding.shardings(frozen, mesh)
-  return jax.jit(
-    step,
-    in_shardings=(held, still, sharding.batch_sharding(mesh)),
-    out_shardings=(held, NamedSharding(mesh, P())),
-    donate_argnums=(0,),
-  )

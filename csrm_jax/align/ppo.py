@@ -136,9 +136,9 @@ def targets(
     kl_coefficient: beta, per nat.
     discount: per token.
     gae_lambda: of generalised advantage estimation (arXiv:1506.02438).
-    critic_lambda: the same for what critics learn, decoupled (arXiv:2503.01491);
-      None: as `gae_lambda`. At 1 they learn what responses end with, so that a
-      small `gae_lambda` can trust them.
+    critic_lambda: the same for what critics learn, decoupled
+      (arXiv:2503.01491); None: as `gae_lambda`. At 1 they learn what responses
+      end with, so that a small `gae_lambda` can trust them.
     score_clip: bound on every per-token reward and cost.
     whiten: mean 0 and deviation 1 for the mixed advantage over all tokens of
       responses, which cancels the factor 1 / (1 + sum lam). Reward and cost are

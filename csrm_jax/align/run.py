@@ -17,6 +17,7 @@ from csrm_jax.align import (
   offline,
   online,
   selecting,
+  supervised,
 )
 from csrm_jax.align import setup as setups
 from csrm_jax.align.feedback import ComplianceFunction, RewardFunction
@@ -32,7 +33,7 @@ from csrm_jax.types import TrainState
 METHODS = (
   *setups.WITH_CRITICS,
   *setups.WITHOUT_CRITICS,
-  *setups.PAIRWISE,
+  *setups.WITHOUT_MULTIPLIERS,
   *setups.UNTRAINED,
 )
 POLICY = "policy"  # folder of the workdir, for transformers and for more rounds
@@ -156,6 +157,8 @@ def _align(
 def _prepare(setup: Setup, optimizer: Any, state: State) -> Advance:
   if isinstance(state, AlignState):
     return online.prepare(setup, optimizer, state)
+  if setup.config.align.method == setups.SUPERVISED:
+    return supervised.prepare(setup, optimizer, state)
   if setup.config.align.method in setups.OFFLINE:
     return offline.prepare(setup, optimizer, state)
   return distilling.prepare(setup, optimizer, state)

@@ -15,11 +15,11 @@ from csrm_jax import checkpoint, sharding
 from csrm_jax.align import agent as agents
 from csrm_jax.align import (
   constitution,
+  descent,
   feedback,
   imitation,
   lagrange,
   limits,
-  pairwise,
   ppo,
   prompts,
   rollout,
@@ -44,8 +44,9 @@ from csrm_jax.types import Params, TrainState
 
 WITH_CRITICS = ("ppo", "shaping", "plain")
 WITHOUT_CRITICS = ("grpo", "rloo", "reinforce")
-OFFLINE = ("dpo", "ipo")  # on given pairs
-PAIRWISE = (*OFFLINE, "distill")  # one update on pairs a step, no multipliers
+SUPERVISED = "sft"  # on given responses
+OFFLINE = (SUPERVISED, "dpo", "ipo")  # the others on given pairs
+WITHOUT_MULTIPLIERS = (*OFFLINE, "distill")  # one step of the policy an update
 UNTRAINED = ("best_of_n", "constitutional")  # responses, and no update
 # (tokens [x l], length [x], mask of what to imitate [x l]) of a step.
 Imitation = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -95,7 +96,10 @@ def set_up(
   tokenizer = loop.load_tokenizer(config)
   mesh = sharding.make_mesh(**config.mesh)
   rows = align.prompts_per_step * align.samples
-  sharding.check_rows(align.pairs_per_step if offline else rows, 1, mesh)
+  if offline:
+    sft = align.method == SUPERVISED
+    rows = align.ptx_rows if sft else align.pairs_per_step
+  sharding.check_rows(rows, 1, mesh)
   judge = _loaded(config, align.judge or str(SHIPPED)) if bound else None
   rewarder = _loaded(config, align.reward) if align.reward else judge
   if reward is None and rewarder is not None:
@@ -152,14 +156,16 @@ def _loaded(config: Config, path: str) -> Judge:
 
 
 def _imitation(config: Config, tokenizer: Tokenizer) -> Imitation | None:
-  """Rows of step k for the ptx loss, if there is one."""
+  """Rows of step k to imitate, beside the policy gradient or alone."""
   align = config.align
-  if not align.ptx_weight:
+  alone = align.method == SUPERVISED
+  if not (align.ptx_weight or alone):
     return None
   if not align.ptx:
+    flag = "method=sft" if alone else f"ptx_weight={align.ptx_weight}"
     raise ValueError(
-      f"--config.align.ptx_weight={align.ptx_weight} without anything to"
-      " imitate: name JSON lines of messages by --config.align.ptx=FILE"
+      f"--config.align.{flag} without anything to imitate: name JSON lines of"
+      " messages by --config.align.ptx=FILE"
     )
   rows = imitation.read(
     align.ptx,
@@ -265,7 +271,7 @@ def make_optimizers(config: Config):
   """AdamW for each model; critics have their own rate and train their head."""
   align = config.align
   steps = config.steps
-  if align.method not in PAIRWISE:
+  if align.method not in WITHOUT_MULTIPLIERS:
     steps *= align.epochs * align.minibatches
   own = dict(config.optimizer)
   critic = own | {"lr": align.critic_lr, "head_lr": 1.0}
@@ -311,8 +317,8 @@ def first_state(
   params: Params, *, config: Config, optimizer: Any, k: int
 ) -> AlignState | TrainState:
   """The state before the first update, of trained leaves and k constraints."""
-  if config.align.method in PAIRWISE:
-    return pairwise.init_state(params, optimizer)
+  if config.align.method in WITHOUT_MULTIPLIERS:
+    return descent.init_state(params, optimizer)
   chosen = config.align.multiplier
   multiplier = lagrange.init(
     k,
