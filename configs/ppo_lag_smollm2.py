@@ -24,9 +24,9 @@ def get_config():
   c.align.judge_dtype = "mixed"
   c.align.specs = "specs/align/clinic_desk.yaml"
   c.align.limits = "0.25"  # the mean is 0.42 at the start, clinic_desk
-  c.align.multiplier.start = 4.0
+  c.align.multiplier.start = 8.0
   c.align.multiplier.lr = 0.15
-  c.align.multiplier.most = 10.0
+  c.align.multiplier.most = 40.0
   c.align.multiplier.window = 64
   c.align.reward = "models/smollm2-135m-helpfulness"
   c.align.reward_scale = 0.4  # its answers differ by 2.6 at the start

@@ -280,6 +280,7 @@ def test_two_specs_make_two_policies(tmp_path, monkeypatch):
   monkeypatch.setenv("CSRM_JUDGE", str(tmp_path / "judge"))
   monkeypatch.setenv("CSRM_REWARD", str(tmp_path / "reward"))
   monkeypatch.setenv("CSRM_POLICY", "random")
+  monkeypatch.setenv("CSRM_LAYERS", "1")
   monkeypatch.setenv("CSRM_UPDATES", "2")
   notebook = _run(
     _read(LAGRANGIAN),

@@ -56,6 +56,8 @@ def critic_model(
     "attention",
   )
   shared = {name: getattr(policy, name) for name in same}
+  if shared["train_layers"] > trunk.architecture.layers:
+    shared["train_layers"] = -1  # it has fewer than the policy trains
   if heads_only:
     shared["lora_rank"] = 0
   return dataclasses.replace(trunk, head="linear", **shared)
