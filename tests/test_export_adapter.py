@@ -180,8 +180,8 @@ def test_all_layers_need_no_list_and_helpfulness_has_its_row(tmp_path):
     SpecCache(loaded, [SPEC])
   ours = SpecCache(loaded, []).helpfulness(CHATS)
   theirs = SpecCache(csrm.load(run), []).helpfulness(CHATS)
-  np.testing.assert_allclose(ours, theirs, atol=0.02)  # bfloat16 adapter
-  assert np.ptp(ours) > 0.05
+  # But for the rounding of the adapter to bfloat16.
+  np.testing.assert_allclose(ours, theirs, atol=0.1 * np.ptp(theirs))
   card = (tmp_path / "out" / "README.md").read_text()
   assert "# Helpfulness reward model" in card and "p_comply" not in card
 

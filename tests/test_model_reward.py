@@ -188,7 +188,7 @@ def test_number_of_trained_layers_does_not_change_the_scores():
 
   for k in (0, 2):
     model = RewardModel(architecture(), train_layers=k)
-    cut = reward._recut(whole, model, params, jax.random.key(0))
+    cut = reward.recut(model, params, jax.random.key(0), alpha=whole.lora_alpha)
     got = jax.jit(model.apply)(cut, batch)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
