@@ -275,7 +275,7 @@ def test_two_specs_make_two_policies(tmp_path, monkeypatch):
   fit(config, tmp_path / "judge")
   _pairs_of_help(tmp_path / "help.jsonl")
   config.data.source, config.data.path = "jsonl", str(tmp_path / "help.jsonl")
-  config.loss.help, config.optimizer.head_lr = 1.0, 1.0
+  config.loss.help, config.optimizer.head_lr, config.steps = 1.0, 1.0, 4
   fit(config, tmp_path / "reward")
   monkeypatch.setenv("CSRM_JUDGE", str(tmp_path / "judge"))
   monkeypatch.setenv("CSRM_REWARD", str(tmp_path / "reward"))
