@@ -14,7 +14,7 @@ def get_config():
   c.steps = 100
   c.checkpoint_every = 10
   c.model.path = "smollm2"
-  c.model.train_layers = 12  # of 30; a third of an update less than all
+  c.model.train_layers = 12  # of 30
   c.model.lora_rank = 16
   c.model.lora_alpha = 32.0
   c.model.remat = "layer"

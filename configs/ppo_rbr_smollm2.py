@@ -1,9 +1,8 @@
 """PPO of SmolLM2-135M for helpfulness and rule-based rewards.
 
 Cost: 2 CPU cores, 100 updates; time not measured, above ppo_lag_smollm2.py, as
-every proposition is graded on each response. Needs a reward model (of
-configs/reward_smollm2.py) and fitted weights (launch/rules.py):
---config.align.reward=DIR --config.align.rules=DIR. The spec chooses which
+every proposition is graded on each response. Needs fitted weights
+(launch/rules.py): --config.align.rules=DIR. The spec chooses which
 weights act: under specs/align/study_hall.yaml it refuses where this answers.
 """
 

@@ -184,6 +184,7 @@ def test_all_layers_need_no_list_and_helpfulness_has_its_row(tmp_path):
   np.testing.assert_allclose(ours, theirs, atol=0.1 * np.ptp(theirs))
   card = (tmp_path / "out" / "README.md").read_text()
   assert "# Helpfulness reward model" in card and "p_comply" not in card
+  assert "already inside" not in card
 
 
 def test_card_says_how_to_call_it_and_what_it_was_trained_on(exported, base):
