@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grain
@@ -192,27 +193,30 @@ def test_kill_at_random_moments(tmp_path):
   """kill -9 at random moments, five times, of configs/tiny.py | same
   parameters and loss"""
   once, often = tmp_path / "once", tmp_path / "often"
-  process = runs.launch(once)
+  began = time.monotonic()
+  _, err = (process := runs.launch(once)).communicate()
+  assert process.returncode == 0, err[-2000:]
+  seconds = time.monotonic() - began
+  # The first as soon as a step is logged; later ones from before the first
+  # step to beyond several checkpoints, or to the end of a quick run.
+  process = runs.launch(often)
+  runs.wait_for_step(process, often, 1)
+  process.kill()
+  process.communicate()
+  assert not (often / "result.json").is_file()
+  random = np.random.default_rng()
+  for _ in range(4):
+    process = runs.launch(often)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.communicate(timeout=random.uniform(0.3, 1) * seconds)
+    process.kill()
+    process.communicate()
+  process = runs.launch(often)
   _, err = process.communicate()
   assert process.returncode == 0, err[-2000:]
-  seconds = json.loads((once / "result.json").read_text())["seconds"]
-  random = np.random.default_rng()
-  kills = 0
-  while not (often / "result.json").is_file():
-    process = runs.launch(often)
-    try:
-      # From before the first step to beyond several checkpoints.
-      patience = 8 + random.uniform(0, seconds) if kills < 5 else None
-      _, err = process.communicate(timeout=patience)
-      assert process.returncode == 0, err[-2000:]
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.communicate()
-      kills += 1
   results = [
     json.loads((folder / "result.json").read_text()) for folder in (once, often)
   ]
-  assert kills > 0
   assert results[0]["params_sha256"] == results[1]["params_sha256"]
   assert results[0]["loss"] == results[1]["loss"]
 
