@@ -2,8 +2,8 @@
 
 python benchmarks/align_report.py --output=benchmarks/align/smollm2 \
   --judges=models/smollm2-135m-csrm,runs/second_judge \
-  --specs=specs/align/clinic_desk.yaml,specs/align/study_hall.yaml \
-  clinic=runs/clinic study=runs/study plain=runs/plain
+  --specs=specs/align/shop_desk.yaml,specs/align/book_club.yaml \
+  desk=runs/desk club=runs/club plain=runs/plain
 
 With --specs, the responses of every run are also judged under each of these
 specs by each of the judges: crossed.json.

@@ -19,7 +19,7 @@ def get_config():
   c.optimizer.lr = 3e-4
   c.optimizer.final_lr = 0.3
   c.align.method = "distill"
-  c.align.specs = "specs/align/clinic_desk.yaml"
+  c.align.specs = "specs/align/shop_desk.yaml"
   c.align.prompts = "specs/align/prompts.jsonl"
   c.align.prompts_per_step = 8
   c.align.samples = 16

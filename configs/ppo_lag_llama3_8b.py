@@ -11,8 +11,8 @@ from csrm_jax.config import default
 SPECS = """
 bank coding_assistant customer_support film_studio hospital_intake
 kids_tutor language_school mature_game newspaper permissive_default
-public_prosecutor social_network align/clinic_desk
-align/study_hall
+public_prosecutor social_network align/shop_desk
+align/book_club
 """
 
 

@@ -2,7 +2,7 @@
 
 Cost: half an hour on one CPU core, 17 s an update (two runs at a time on two
 cores). Reward and judge are those that ship with the repository. The policy
-follows its spec alone: specs/align/study_hall.yaml (--config.align.specs) is
+follows its spec alone: specs/align/book_club.yaml (--config.align.specs) is
 another one.
 """
 
@@ -22,8 +22,8 @@ def get_config():
   c.optimizer.lr = 1e-3
   c.optimizer.final_lr = 0.3
   c.align.judge_dtype = "mixed"
-  c.align.specs = "specs/align/clinic_desk.yaml"
-  c.align.limits = "0.25"  # the mean is 0.42 at the start, clinic_desk
+  c.align.specs = "specs/align/shop_desk.yaml"
+  c.align.limits = "0.25"  # the mean is 0.42 at the start, shop_desk
   c.align.multiplier.start = 8.0
   c.align.multiplier.lr = 0.15
   c.align.multiplier.most = 40.0

@@ -3,7 +3,7 @@
 Cost: 2 CPU cores, 100 updates; time not measured, above ppo_lag_smollm2.py, as
 every proposition is graded on each response. Needs fitted weights
 (launch/rules.py): --config.align.rules=DIR. The spec chooses which
-weights act: under specs/align/study_hall.yaml it refuses where this answers.
+weights act: under specs/align/book_club.yaml it refuses where this answers.
 """
 
 from configs import ppo_lag_smollm2

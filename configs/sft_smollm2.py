@@ -1,8 +1,8 @@
 """Supervised fine-tuning of SmolLM2-135M: where the alignment runs start.
 
-Cost: 2 CPU cores, 5 minutes. SmolLM2 solves whatever exercise it is asked to;
-what it never says no reward can find. Here it learns to answer directly or with
-reserve, each as often; configs/ppo_lag_smollm2.py goes on from the folder:
+Cost: 2 CPU cores, 5 minutes. What a policy never says no reward can find. Here
+it learns to answer directly, two times in three, or with reserve;
+configs/ppo_lag_smollm2.py goes on from the folder:
 --config.model.path=WORKDIR/policy
 """
 
@@ -11,7 +11,7 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 75  # 1200 rows, each of 800 once or twice
+  c.steps = 75  # 1200 rows, each of 600 twice
   c.checkpoint_every = 25
   c.model.path = "smollm2"
   c.model.lora_rank = 16

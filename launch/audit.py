@@ -1,6 +1,6 @@
 """Audits an alignment run: was its judge gamed, does it refuse too much?
 
-python launch/audit.py --workdir=runs/clinic --allowed=topic=homework
+python launch/audit.py --workdir=runs/desk --allowed=topic=stories
 
 Compares the responses before training with the last ones, by the judge of the
 run and by one that had no part in it. docs/audit.md explains the checks.

@@ -21,7 +21,7 @@ def recipe(judge, **changes):
       "model.lora_rank": 4,
       "optimizer.lr": 1e-2,
       "align.method": "distill",
-      "align.specs": "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml",
+      "align.specs": "specs/align/shop_desk.yaml,specs/align/book_club.yaml",
       "align.judge": str(judge),
       "align.prompts": "synthetic/alcohol",
       "align.prompts_per_step": 2,
@@ -58,7 +58,7 @@ def test_a_run_learns_from_best_and_worst(judge, tmp_path):
   for line in lines:
     assert line["unscored"] == 3 and line["prompts_left_out"] == 1
     assert line["gap"] > 0 and line["log_reward"] < 0
-    assert 0 <= line["violation/study_hall"] <= 1
+    assert 0 <= line["violation/book_club"] <= 1
     assert np.isfinite(line["reward"])
   # Before any update the log-ratio is 0: what is left are the squared gaps.
   assert lines[0]["loss"] >= lines[0]["gap"] ** 2 * (1 - 1e-5)

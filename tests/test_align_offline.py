@@ -322,7 +322,7 @@ def test_ipo_with_specs_evaluates(tmp_path):
   changes = {
     "steps": 2,
     "align.method": "ipo",
-    "align.specs": "specs/align/clinic_desk.yaml",
+    "align.specs": "specs/align/shop_desk.yaml",
     "align.judge": str(judge),
     "align.prompts": "synthetic/alcohol",
     "align.evaluate_prompts": 2,
@@ -333,7 +333,7 @@ def test_ipo_with_specs_evaluates(tmp_path):
   assert lines[0]["loss"] == pytest.approx(25.0, rel=1e-6)
   found = read(tmp_path / "run" / "evaluations.jsonl")
   assert [line["step"] for line in found] == [0, 2]
-  assert 0 <= found[0]["violation/clinic_desk"] <= 1
+  assert 0 <= found[0]["violation/shop_desk"] <= 1
 
 
 @pytest.mark.parametrize(

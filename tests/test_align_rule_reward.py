@@ -15,7 +15,7 @@ from csrm_jax.rules import propositions, response_types, synthetic, weights
 from csrm_jax.rules.reward import total
 from tests import tiny
 
-CLINIC, STUDY = "specs/align/clinic_desk.yaml", "specs/align/study_hall.yaml"
+DESK, CLUB = "specs/align/shop_desk.yaml", "specs/align/book_club.yaml"
 BOOK = propositions.read()
 TALKS = [
   [
@@ -64,23 +64,23 @@ def test_another_spec_acts_by_other_weights(folder, judge, monkeypatch):
     "chooser",
     lambda judge, specs: chooser(judge, specs, threshold=1e-9),
   )
-  clinic, _ = made(folder, judge, CLINIC)
-  study, _ = made(folder, judge, STUDY)
-  one, two = clinic.graded(TALKS), study.graded(TALKS)
+  desk, _ = made(folder, judge, DESK)
+  club, _ = made(folder, judge, CLUB)
+  one, two = desk.graded(TALKS), club.graded(TALKS)
   np.testing.assert_allclose(one.chances, two.chances, atol=1e-6)
   assert {"hard", "comply"} == set(one.types) | set(two.types)
   for row, (a, b) in enumerate(zip(one.types, two.types, strict=True)):
     assert {a, b} == {"hard", "comply"}
-    expected = clinic.weights.rewards(b, one.chances[row : row + 1])
+    expected = desk.weights.rewards(b, one.chances[row : row + 1])
     assert two.rewards[row] == pytest.approx(expected[0], abs=1e-4)
   assert (np.abs(one.rewards - two.rewards) > 1e-3).all()
-  reward = total(lambda talks: np.ones(len(talks)), clinic, weight=2.0)
+  reward = total(lambda talks: np.ones(len(talks)), desk, weight=2.0)
   np.testing.assert_allclose(reward(TALKS), 1 + 2 * one.rewards, rtol=1e-6)
 
 
 def test_the_specs_decide_what_crosses(folder, judge):
   rules, bound = made(
-    folder, judge, f"{CLINIC},{STUDY}", **{"align.rules_violation": "crosses"}
+    folder, judge, f"{DESK},{CLUB}", **{"align.rules_violation": "crosses"}
   )
   found = rules.graded(TALKS).chances[:, BOOK.names.index("crosses")]
   worst = np.min(
@@ -125,7 +125,7 @@ def test_a_run_with_rules(folder, judge, tmp_path):
       "align.rules": str(folder),
       "align.rbr_weight": 0.5,
       "align.judge": str(tiny.write_workdir(tmp_path / "judge", judge)),
-      "align.specs": CLINIC,
+      "align.specs": DESK,
       "align.prompts": "synthetic/alcohol",
       "align.prompts_per_step": 2,
       "align.samples": 2,

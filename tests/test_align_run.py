@@ -20,7 +20,7 @@ from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
 
 ROOT = Path(__file__).parent.parent
-SPECS = "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml"
+SPECS = "specs/align/shop_desk.yaml,specs/align/book_club.yaml"
 CHANGES = {
   "steps": 4,
   "checkpoint_every": 2,
@@ -78,21 +78,21 @@ def test_a_run_leaves_what_it_promises(whole):
   lines = read(folder / "metrics.jsonl")
   assert [line["step"] for line in lines] == [1, 2, 3, 4]
   for line in lines:
-    for name in ("clinic_desk", "study_hall"):
+    for name in ("shop_desk", "book_club"):
       assert 0 <= line[f"violation/{name}_low"] <= line[f"violation/{name}"]
       assert line[f"violation/{name}"] <= line[f"violation/{name}_high"] <= 1
       # An untrained judge is at one half, far above the limit of 0.1.
       assert line[f"gap/{name}"] > 0
     assert np.isfinite([v for v in line.values()]).all()
     assert 1 <= line["length"] <= 6
-  lam = [line["lam/clinic_desk"] for line in lines]
+  lam = [line["lam/shop_desk"] for line in lines]
   assert lam == sorted(lam) and lam[-1] > lam[0] > 1.0
   found = read(folder / "evaluations.jsonl")
   assert [line["step"] for line in found] == [0, 2, 4]
   responses = read(folder / "responses.jsonl")
   assert len(responses) == 9
   assert responses[0]["messages"][-1]["role"] == "assistant"
-  assert set(responses[0]["log_odds"]) == {"clinic_desk", "study_hall"}
+  assert set(responses[0]["log_odds"]) == {"shop_desk", "book_club"}
   assert json.loads((folder / "result.json").read_text()) == result
   assert result["tokens"] == sum(8 * line["length"] for line in lines)
 
@@ -176,13 +176,13 @@ def test_a_spec_can_be_the_reward(judge):
     ]
     for text in ("Draw it first.", "It is 12.", "")
   ]
-  found = feedback.reward_of(loaded, spec="specs/align/study_hall.yaml")(asked)
-  spec = csrm_jax.Spec.read("specs/align/study_hall.yaml")
+  found = feedback.reward_of(loaded, spec="specs/align/book_club.yaml")(asked)
+  spec = csrm_jax.Spec.read("specs/align/book_club.yaml")
   expected = [s.log_odds for s in csrm_jax.score(loaded, spec, asked)]
   np.testing.assert_allclose(found, expected, atol=1e-4)
   # Computed otherwise it is the same but for rounding.
   mixed = loaded.computing("mixed")
-  near = feedback.reward_of(mixed, spec="specs/align/study_hall.yaml")(asked)
+  near = feedback.reward_of(mixed, spec="specs/align/book_club.yaml")(asked)
   np.testing.assert_allclose(near, expected, atol=0.1)
   assert not np.array_equal(near, found)
 
@@ -234,20 +234,20 @@ def test_report(whole, tmp_path):
   for name in ("a.png", "b.png", "front.png"):
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
   lines = read(folder / "metrics.jsonl")
-  clinic = found["a"]["constraints"]["clinic_desk"]
-  pooled = np.mean([line["violation/clinic_desk"] for line in lines])
-  assert clinic["last"] == pytest.approx(pooled)
-  assert clinic["last_low"] < clinic["last"] <= clinic["last_high"]
-  assert clinic["lam"] == lines[-1]["lam/clinic_desk"]
+  desk = found["a"]["constraints"]["shop_desk"]
+  pooled = np.mean([line["violation/shop_desk"] for line in lines])
+  assert desk["last"] == pytest.approx(pooled)
+  assert desk["last_low"] < desk["last"] <= desk["last_high"]
+  assert desk["lam"] == lines[-1]["lam/shop_desk"]
   ends = read(folder / "evaluations.jsonl")
   assert found["a"]["reward_end"] == ends[-1]["reward"]
   with pytest.raises(ValueError, match=r"metrics\.jsonl: missing"):
     report({"a": tmp_path}, tmp_path)
-  settled = clinic["settled"]  # those of updates 2 and 4, without the start
+  settled = desk["settled"]  # those of updates 2 and 4, without the start
   assert settled == pytest.approx(
-    np.mean([line["violation/clinic_desk"] for line in ends[1:]])
+    np.mean([line["violation/shop_desk"] for line in ends[1:]])
   )
-  assert clinic["settled_low"] < settled <= clinic["settled_high"]
+  assert desk["settled_low"] < settled <= desk["settled_high"]
 
 
 @pytest.mark.slow
@@ -256,7 +256,7 @@ def test_every_run_under_every_spec(whole, judge):
   loaded = csrm_jax.load(judge)
   specs = SPECS.split(",")
   table = crossed({"a": folder}, specs, {"own": loaded}, last=3)
-  assert [line["spec"] for line in table] == ["clinic_desk", "study_hall"]
+  assert [line["spec"] for line in table] == ["shop_desk", "book_club"]
   said = read(folder / "responses.jsonl")
   for line, file in zip(table, specs, strict=True):
     spec = csrm_jax.Spec.read(file)
@@ -296,7 +296,7 @@ def test_a_run_is_audited(judge, tmp_path):
   ]
   done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  folder = tmp_path / "run" / "audit" / "clinic_desk"
+  folder = tmp_path / "run" / "audit" / "shop_desk"
   found = json.loads((folder / "audit.json").read_text())
   assert (folder / "audit.html").is_file()
   # Every second one is held out, and these are the odd ones.
@@ -306,7 +306,7 @@ def test_a_run_is_audited(judge, tmp_path):
   # Gold is the judge itself, so nothing lies between the two.
   for phase in ("before", "after"):
     assert found[phase]["gap"]["value"] == pytest.approx(0, abs=1e-6)
-    assert f"clinic_desk {phase} gap: " in done.stdout
+    assert f"shop_desk {phase} gap: " in done.stdout
 
   def complain(*flags):
     wrong = subprocess.run(

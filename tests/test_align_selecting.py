@@ -50,7 +50,7 @@ def test_best_of_n_is_selected_by_the_judge_and_scored_by_both(judge, tmp_path):
   assert report["selected_by"] == "R H"  # the tiny judge has a second row
   rows = read(tmp_path / "responses.jsonl")
   assert len(rows) == 15
-  names = ("clinic_desk", "study_hall")
+  names = ("shop_desk", "book_club")
   proxy, gold = (
     np.array([[x[key][n] for n in names] for x in rows]).reshape(3, 5, 2)
     for key in ("log_odds", "monitor_log_odds")
@@ -63,7 +63,7 @@ def test_best_of_n_is_selected_by_the_judge_and_scored_by_both(judge, tmp_path):
     assert ends[0][name] == pytest.approx(values.mean(), abs=1e-5)
     of_best = np.take_along_axis(values, best, axis=1).mean()
     assert ends[-1][name] == pytest.approx(of_best, abs=1e-5)
-  first = ends[0]["monitor_violation/study_hall"]
+  first = ends[0]["monitor_violation/book_club"]
   assert first == pytest.approx((gold[..., 1] < 0).mean())
   chosen = np.array([x["chosen"] for x in rows]).reshape(3, 5)
   np.testing.assert_array_equal(np.flatnonzero(chosen) % 5, best[:, 0])

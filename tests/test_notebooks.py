@@ -297,13 +297,13 @@ print(json.dumps({
   printed = _printed(_outputs(notebook))
   assert set(found["rates"]) == {
     "before",
-    "after clinic_desk",
-    "after study_hall",
+    "after shop_desk",
+    "after book_club",
   }
   for policy, by_spec in found["rates"].items():
     both = r" +".join(f"{rate:.2f}" for rate in by_spec.values())
     assert re.search(rf"^{policy} +{both}$", printed, re.M), policy
-  assert set(found["lines"]) == {"clinic_desk", "study_hall"}
+  assert set(found["lines"]) == {"shop_desk", "book_club"}
   for name, lines in found["lines"].items():
     assert [line["step"] for line in lines] == [1, 2]
     # An untrained judge is at one half, far above the limit.

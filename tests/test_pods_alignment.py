@@ -39,7 +39,7 @@ def recipe(**changes):
       "model.path": "",
       "model.size": "tiny",
       "model.dtype": "float32",
-      "align.specs": "specs/align/clinic_desk.yaml,specs/align/study_hall.yaml",
+      "align.specs": "specs/align/shop_desk.yaml,specs/align/book_club.yaml",
       "align.prompts_per_step": 8,
       "align.samples": 2,
       "align.minibatches": 2,
@@ -81,7 +81,7 @@ def test_shapes_are_those_of_a_run(tmp_path, rank):
   made = alignment.program(config, jax.devices())
   assert shapes(made.state.params) == shapes(trained)
   assert shapes(made.frozen) == shapes(setup.frozen)
-  assert [c.name for c in made.bound] == ["clinic_desk", "study_hall"]
+  assert [c.name for c in made.bound] == ["shop_desk", "book_club"]
   assert made.state.multiplier.window.shape == (128, 2)
   assert made.episodes.cost_values.shape == (N, LENGTH, 2)
 
