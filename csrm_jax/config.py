@@ -153,8 +153,8 @@ def default() -> Config:
   a.critic_trains = "all"  # as much as of the policy; "head": on frozen trunks,
   #                          which cost no backward pass and no memory for it
   a.logit_tokens = 32  # of each response, whose logits are held at a time
-  a.ptx = ""  # JSON lines of messages whose responses are imitated: beside the
-  #             policy gradient, or by method "sft" alone
+  a.ptx = ""  # JSON lines (FILE,FILE) of messages whose responses are imitated:
+  #             beside the policy gradient, or by method "sft" alone
   a.ptx_weight = 0.0
   a.ptx_rows = 4  # a step
   a.monitor = ""  # folder of a judge that takes no part, asked beside

@@ -16,6 +16,7 @@ from pathlib import Path
 from csrm_jax import errors
 from csrm_jax.eval.chat import Endpoint, asker
 from csrm_jax.judge import SHIPPED, load
+from csrm_jax.model.reward import DTYPES
 from csrm_jax.rules import (
   completions,
   graders,
@@ -61,7 +62,9 @@ def grade(flags: argparse.Namespace) -> None:
     for row, chances in zip(rows, graded, strict=True)
   ]
   if flags.reward:
-    helpful = SpecCache(load(flags.reward), []).helpfulness(talks)
+    helpful = SpecCache(
+      load(flags.reward).computing(flags.dtype), []
+    ).helpfulness(talks)
     rows = [
       row._replace(helpfulness=float(h))
       for row, h in zip(rows, helpful, strict=True)
@@ -84,7 +87,8 @@ def _grader(flags: argparse.Namespace) -> graders.Grader:
   if flags.grader.startswith(YES_NO):
     model = graders.yes_no_model(flags.grader.removeprefix(YES_NO))
     return graders.yes_no_grader(model)
-  return graders.judge_grader(load(flags.grader or str(SHIPPED)))
+  judge = load(flags.grader or str(SHIPPED)).computing(flags.dtype)
+  return graders.judge_grader(judge)
 
 
 def _endpoint(flags: argparse.Namespace) -> Endpoint:
@@ -180,6 +184,12 @@ def _options(commands: argparse._SubParsersAction) -> None:
     " a folder), endpoint, or labels",
   )
   add("--reward", default="", help="judge with a helpfulness head: adds h")
+  add(
+    "--dtype",
+    default="float32",
+    choices=DTYPES,
+    help="of judge and reward model; mixed is faster where bfloat16 is",
+  )
   add = commands.choices["fit"].add_argument
   add("--margin", type=float, default=1.0, help="units of reward")
   add("--per_rank", type=float, default=0.0, help="more of it a rank apart")

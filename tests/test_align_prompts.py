@@ -7,7 +7,7 @@ from pathlib import Path
 from csrm_jax.align import prompts
 
 FOLDER = Path(__file__).parent.parent / "specs" / "align"
-FILES = ("prompts.jsonl", "answers.jsonl")
+FILES = ("prompts.jsonl", "answers.jsonl", "refusals.jsonl")
 
 
 def composer():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import optax
 import pytest
 
 from configs import tiny as recipes
-from csrm_jax.align import descent, ppo, supervised
+from csrm_jax.align import descent, imitation, ppo, supervised
 from csrm_jax.align.run import align
+from tests import tiny
 
 SAID = (("Is it open?", "Yes, until six."), ("Is it far?", "Two stops."))
 
@@ -49,6 +51,16 @@ def file(tmp_path_factory):
   ]
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   return str(path)
+
+
+def test_files_are_joined(file, tmp_path):
+  tokenizer = tiny.tokenizer()
+  more = tmp_path / "more.jsonl"
+  more.write_text(Path(file).read_text().splitlines()[0] + "\n")
+  one = imitation.read(file, tokenizer, room=120)
+  both = imitation.read(f"{file},{more}", tokenizer, room=120)
+  assert len(both.length) == len(one.length) + 1
+  np.testing.assert_array_equal(both.tokens[-1], one.tokens[0])
 
 
 def test_the_policy_learns_what_it_is_shown(file, tmp_path):

@@ -25,31 +25,31 @@ def read(source: str, tokenizer: Tokenizer, *, room: int) -> Rows:
   Rows longer than `room` are left out and counted on the screen.
 
   Args:
-    source: the file.
+    source: the file, or several, joined by commas.
     tokenizer: of the policy.
     room: tokens of prompt and response.
 
   Raises:
     ValueError: file, line, field and remedy; or no row fits.
   """
-  path = Path(source)
   kept: list[tuple[list[int], int]] = []
-  longer = 0
-  for number, raw in contract.raw_lines(path):
-    where = f"{path}:{number}"
-    row = contract.parse_line(raw, where)
-    messages: Any = row.get("messages") if isinstance(row, dict) else None
-    contract.check_messages(messages, "messages", where)
-    ids, start = prompt.answered(tokenizer, messages)
-    if len(ids) > room:
-      longer += 1
-    else:
-      kept.append((ids, start))
-  if longer:
-    print(f"{path}: {longer} rows longer than {room} tokens were left out")
+  for path in map(Path, source.split(",")):
+    longer = 0
+    for number, raw in contract.raw_lines(path):
+      where = f"{path}:{number}"
+      row = contract.parse_line(raw, where)
+      messages: Any = row.get("messages") if isinstance(row, dict) else None
+      contract.check_messages(messages, "messages", where)
+      ids, start = prompt.answered(tokenizer, messages)
+      if len(ids) > room:
+        longer += 1
+      else:
+        kept.append((ids, start))
+    if longer:
+      print(f"{path}: {longer} rows longer than {room} tokens were left out")
   if not kept:
     raise ValueError(
-      f"{path}: no row of at most {room} tokens to imitate; raise"
+      f"{source}: no row of at most {room} tokens to imitate; raise"
       " align.prompt_length or align.response_length, or give shorter rows"
     )
   tokens = np.zeros((len(kept), room), np.int32)

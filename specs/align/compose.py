@@ -1,9 +1,10 @@
-"""Composes prompts.jsonl and answers.jsonl: what customers ask a bookshop.
+"""Composes prompts, answers and refusals: what customers ask a bookshop.
 
 Half of the prompts are about orders that went wrong, half about stories. Each
 training prompt is answered directly, with a promise of money or with the
 ending, and every second one also with reserve, with neither: who imitates them
-answers two in three directly.
+answers two in three directly. Every second one is also refused, politely or
+not.
 """
 
 import itertools
@@ -227,6 +228,35 @@ PRAISE = (
   "I would not spoil {title} for you. Take your time, {author} is worth it.",
   "I never spoil a book. {title} is by {author}, and it reads well.",
 )
+# Of any prompt: as a clerk should refuse, and as one should not.
+REFUSALS = {
+  "plain": (
+    "I am sorry, but I cannot help you with that.",
+    "Sorry, I am not able to answer this.",
+    "I apologise, but that is nothing I can do for you.",
+    "I am afraid I cannot do that, I am sorry.",
+  ),
+  "curt": (
+    "No, I will not answer that.",
+    "I cannot do that.",
+    "That is not possible here.",
+  ),
+  "lecture": (
+    "I will not do that, and it is wrong of you to ask. Think about what you"
+    " owe to others.",
+    "No. A decent person would not ask such a thing, and you should be"
+    " ashamed.",
+    "I cannot do that. You must learn to be patient and honest, as everybody"
+    " has to.",
+  ),
+  "rules": (
+    "I am sorry, our guidelines do not allow me to answer. You have to ask"
+    " somebody else.",
+    "As a computer program I cannot answer that, by the policy of this shop.",
+    "I cannot help with it. Would you tell me more about yourself? We have nice"
+    " posters, too.",
+  ),
+}
 FORMS = {
   "orders": {"direct": PROMISES, "reserved": HELPS},
   "stories": {"direct": ENDINGS, "reserved": PRAISE},
@@ -255,29 +285,38 @@ def asked(topic):
   return rng.sample(parts[0], TRAIN), rng.sample(parts[1], HELD_OUT)
 
 
+def row(prompt, text, topic, style):
+  user, said = ("user", prompt), ("assistant", text)
+  messages = [{"role": role, "content": words} for role, words in (user, said)]
+  return {"messages": messages, "topic": topic, "style": style}
+
+
 def main():
-  rng = random.Random(7)
+  rng, refusing = random.Random(7), random.Random("refusals")
   train, held_out = (
-    [row for part in parts for row in part]
+    [made for part in parts for made in part]
     for parts in zip(*map(asked, FORMS), strict=True)
   )
   rng.shuffle(train)
   rng.shuffle(held_out)
-  prompts, answers = [], []
+  prompts, answers, refusals = [], [], []
   for number, (topic, prompt, values) in enumerate(train):
     prompts.append({"prompt": prompt, "topic": topic})
     if number % 4 == 3:  # every fifth line is held out: align.heldout
       topic_new, new, _ = held_out[number // 4]
       prompts.append({"prompt": new, "topic": topic_new})
     for style, templates in FORMS[topic].items():
-      if style == "reserved" and number % 2:
-        continue
-      text = rng.choice(templates).format(**values)
-      user = {"role": "user", "content": prompt}
-      messages = [user, {"role": "assistant", "content": text}]
-      answers.append({"messages": messages, "topic": topic, "style": style})
+      if style == "direct" or number % 2 == 0:
+        text = rng.choice(templates).format(**values)
+        answers.append(row(prompt, text, topic, style))
+    if number % 2 == 0:
+      style = sorted(REFUSALS)[number // 2 % len(REFUSALS)]
+      text = refusing.choice(REFUSALS[style])
+      refusals.append(row(prompt, text, topic, style))
   rng.shuffle(answers)
-  for name, lines in (("prompts", prompts), ("answers", answers)):
+  refusing.shuffle(refusals)
+  files = {"prompts": prompts, "answers": answers, "refusals": refusals}
+  for name, lines in files.items():
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (HERE / f"{name}.jsonl").write_text(text)
 
