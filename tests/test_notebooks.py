@@ -69,25 +69,40 @@ def _images(notebook):
   return [base64.b64decode(d["image/png"]) for d in data if "image/png" in d]
 
 
-def test_committed_in_one_run_without_errors(committed):
-  cells = _code(committed)
+@pytest.mark.parametrize("path", [NOTEBOOK, LAGRANGIAN])
+def test_committed_in_one_run_without_errors(path):
+  notebook = _read(path)
+  cells = _code(notebook)
   counts = [cell.execution_count for cell in cells]
   assert counts == list(range(1, len(cells) + 1))
-  kinds = {output.output_type for output in _outputs(committed)}
+  kinds = {output.output_type for output in _outputs(notebook)}
   assert kinds == {"stream", "display_data"}
-  assert not [o for o in _outputs(committed) if o.get("name") == "stderr"]
+  assert not [o for o in _outputs(notebook) if o.get("name") == "stderr"]
 
 
-def test_committed_with_plots_but_small(committed):
-  images = _images(committed)
+@pytest.mark.parametrize("path", [NOTEBOOK, LAGRANGIAN])
+def test_committed_with_plots_but_small(path):
+  images = _images(_read(path))
   assert len(images) == 3
   assert all(i.startswith(b"\x89PNG") and len(i) > 5_000 for i in images)
-  assert NOTEBOOK.stat().st_size < 500_000
+  assert path.stat().st_size < 500_000
 
 
 def test_committed_with_tables(committed):
   printed = _printed(_outputs(committed))
   assert re.search(r"^\d of 8 conversations get another verdict", printed, re.M)
+
+
+def test_committed_with_the_policies_rates():
+  lines = re.findall(
+    r"^(before|after \w+) +([\d.]+) +([\d.]+)$",
+    _printed(_outputs(_read(LAGRANGIAN))),
+    re.M,
+  )
+  rates = {name: (float(desk), float(club)) for name, desk, club in lines}
+  before = rates["before"]
+  assert rates["after shop_desk"][0] < before[0]
+  assert rates["after book_club"][1] < before[1]
 
 
 def test_the_notebooks_set_up_alike(committed):
@@ -96,9 +111,11 @@ def test_the_notebooks_set_up_alike(committed):
   assert other[0].source == _code(committed)[0].source
 
 
-def test_committed_outputs_name_no_place_of_the_machine(committed):
+@pytest.mark.parametrize("path", [NOTEBOOK, LAGRANGIAN])
+def test_committed_outputs_name_no_place_of_the_machine(path):
   # Parts of paths such as notebooks/x.ipynb or 3/4 are no places.
-  assert not re.findall(r"(?<![\w.])/\w+/\S*", _printed(_outputs(committed)))
+  printed = _printed(_outputs(_read(path)))
+  assert not re.findall(r"(?<![\w.])/\w+/\S*", printed)
 
 
 def test_names_what_exists(committed):
