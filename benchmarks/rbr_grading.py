@@ -48,24 +48,19 @@ def grade(
     rest = [row for row, t in zip(rows, test, strict=True) if t]
     found = []
     if name != "states":
-      seen, new = trained.words(train, rest)
-      found.append(trained.regress(seen, truths[~test], new, strength=10.0))
-    if dense is not None:
-      found.append(
-        trained.regress(
-          dense[~test], truths[~test], dense[test], strength=flags.strength
-        )
+      read = trained.words(train)
+      fitted = trained.regress(
+        read(train), truths[~test], strength=trained.WORDS
       )
-    # Two opinions are joined by the mean of their log-odds.
-    odds = np.mean([_odds(p) for p in found], axis=0)
-    out[test] = 1 / (1 + np.exp(-odds))
+      found.append(fitted(read(rest)))
+    if dense is not None:
+      fitted = trained.regress(
+        dense[~test], truths[~test], strength=flags.strength
+      )
+      found.append(fitted(dense[test]))
+    out[test] = trained.joined(found)
   sizes = np.bincount(fold, minlength=flags.folds).tolist()
   return out, {"folds": sizes}
-
-
-def _odds(p: np.ndarray) -> np.ndarray:
-  p = np.clip(p, 1e-6, 1 - 1e-6)
-  return np.log(p) - np.log1p(-p)
 
 
 def _states(rows: Sequence[Completion], flags: Any) -> np.ndarray:
@@ -89,7 +84,7 @@ def main() -> None:
   parser.add_argument("--model", default="smollm2", help="for yes_no")
   parser.add_argument("--folds", type=int, default=3)
   parser.add_argument("--most", type=int, default=256, help="tokens of a row")
-  parser.add_argument("--strength", type=float, default=0.003)
+  parser.add_argument("--strength", type=float, default=trained.STATES)
   parser.add_argument("--rows", type=int, default=0, help="first so many")
   parser.add_argument("--cache", default="", help=".npy file of states")
   flags = parser.parse_args()

@@ -114,7 +114,7 @@ def default() -> Config:
   a.rules = ""  # folder of launch/rules.py fit: rule-based reward beside it
   a.rbr_weight = 1.0  # of that reward
   a.rules_grader = ""  # judge folder that grades propositions, or
-  #                      "yes_no:MODEL", a language model; "": the judge
+  #                      "yes_no:MODEL", "trained:FILE"; "": the judge
   a.rules_violation = ""  # proposition that the specs decide, by the judge's
   #                         probability of a violation; "": graded as others
   a.specs = ""  # spec files joined by ",": the constraints

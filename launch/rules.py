@@ -21,14 +21,13 @@ from csrm_jax.rules import (
   completions,
   graders,
   grading,
+  named,
   plots,
   propositions,
   synthetic,
   weights,
 )
 from csrm_jax.score_cached import SpecCache
-
-YES_NO = "yes_no:"
 
 
 def compose(flags: argparse.Namespace) -> None:
@@ -56,7 +55,7 @@ def grade(flags: argparse.Namespace) -> None:
   if flags.grader == "labels":
     graded = graders.human_grader(book, rows)(book.propositions, talks)
   else:
-    graded = _grader(flags)(book.propositions, talks)
+    graded = _grader(flags, book)(book.propositions, talks)
   rows = [
     row._replace(chances=chances)
     for row, chances in zip(rows, graded, strict=True)
@@ -81,14 +80,13 @@ def grade(flags: argparse.Namespace) -> None:
     )
 
 
-def _grader(flags: argparse.Namespace) -> graders.Grader:
+def _grader(
+  flags: argparse.Namespace, book: propositions.Book
+) -> graders.Grader:
   if flags.grader == "endpoint":
     return graders.endpoint_grader(_endpoint(flags))
-  if flags.grader.startswith(YES_NO):
-    model = graders.yes_no_model(flags.grader.removeprefix(YES_NO))
-    return graders.yes_no_grader(model)
-  judge = load(flags.grader or str(SHIPPED)).computing(flags.dtype)
-  return graders.judge_grader(judge)
+  judge = load(flags.judge or str(SHIPPED)).computing(flags.dtype)
+  return named.grader(flags.grader, judge=judge, book=book)
 
 
 def _endpoint(flags: argparse.Namespace) -> Endpoint:
@@ -180,8 +178,14 @@ def _options(commands: argparse._SubParsersAction) -> None:
   add(
     "--grader",
     default="",
-    help="a judge's folder (default: the shipped one), yes_no:MODEL (smollm2,"
-    " a folder), endpoint, or labels",
+    help="a judge's folder (default: --judge), yes_no:MODEL (smollm2, a"
+    " folder), trained:FILE (marked completions), endpoint, or labels",
+  )
+  add(
+    "--judge",
+    default="",
+    help="grades, or lends its states to trained:FILE; default: the shipped"
+    " one",
   )
   add("--reward", default="", help="judge with a helpfulness head: adds h")
   add(

@@ -4,10 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 from csrm_jax.align import prompts
 
 FOLDER = Path(__file__).parent.parent / "specs" / "align"
-FILES = ("prompts.jsonl", "answers.jsonl", "refusals.jsonl")
+FILES = ("prompts.jsonl", "answers.jsonl", "requests.jsonl", "replies.jsonl")
 
 
 def composer():
@@ -28,21 +30,19 @@ def test_compose_writes_the_files(tmp_path, monkeypatch):
     assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
-def test_held_out_prompts_name_other_things():
-  train, held_out = prompts.read(str(FOLDER / "prompts.jsonl"), heldout=0.2)
-  said = {
-    part: [prompt[-1]["content"] for prompt in found]
-    for part, found in (("train", train), ("held out", held_out))
-  }
-  assert {part: len(texts) for part, texts in said.items()} == {
-    "train": 400,
-    "held out": 100,
-  }
+@pytest.mark.parametrize(
+  "asked, said, sizes",
+  [("prompts", "answers", (400, 100)), ("requests", "replies", (160, 40))],
+)
+def test_held_out_prompts_name_other_things(asked, said, sizes):
+  parts = prompts.read(str(FOLDER / f"{asked}.jsonl"), heldout=0.2)
+  train, held_out = ([p[-1]["content"] for p in part] for part in parts)
+  assert (len(train), len(held_out)) == sizes
   new = composer().NEW
-  assert not [t for t in said["train"] if any(name in t for name in new)]
-  assert all(any(name in t for name in new) for t in said["held out"])
-  rows = [json.loads(line) for line in (FOLDER / FILES[1]).open()]
-  assert {row["messages"][0]["content"] for row in rows} == set(said["train"])
+  assert not [text for text in train if any(name in text for name in new)]
+  assert all(any(name in text for name in new) for text in held_out)
+  rows = [json.loads(row) for row in (FOLDER / f"{said}.jsonl").open()]
+  assert {row["messages"][0]["content"] for row in rows} == set(train)
 
 
 def test_every_second_prompt_is_answered_with_reserve_too():

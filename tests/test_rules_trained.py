@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse
 
 from csrm_jax.model.reward import RewardModel
-from csrm_jax.rules import trained
+from csrm_jax.rules import propositions, trained
 from csrm_jax.rules.completions import Completion
 from csrm_jax.types import Batch
 from tests import tiny
@@ -69,18 +69,19 @@ def test_a_regression_a_proposition(sparse):
     [features[:, 0] > 0, features[:, 1] > 1, np.zeros(300, bool)], 1
   )
   made = scipy.sparse.csr_array(features) if sparse else features
-  found = trained.regress(made[:200], truths[:200], made[200:], strength=10.0)
+  found = trained.regress(made[:200], truths[:200], strength=10.0)(made[200:])
   right = (found[:, :2] > 0.5) == truths[200:, :2]
   assert right.mean() > 0.93
   assert (found[:, 2] == 0.5 / 201).all()
 
 
 def test_words_of_prompt_and_response_apart():
-  seen, new = trained.words(rows()[:2], rows()[3:])
+  read = trained.words(rows()[:2])
+  seen, new = read(rows()[:2]), read(rows()[3:])
   assert seen.shape[0] == 2 and new.shape == (1, seen.shape[1])
   assert new.sum() > 0  # the prompt's words are known
   swapped = [row._replace(messages=row.messages[::-1]) for row in rows()[:1]]
-  assert (trained.words(rows()[:2], swapped)[1] - seen[:1]).nnz > 0
+  assert (read(swapped) - seen[:1]).nnz > 0
 
 
 def test_folds_keep_prompts_together():
@@ -88,3 +89,70 @@ def test_folds_keep_prompts_together():
   found = trained.folds(twice, count=3)
   assert found[:4].tolist() == found[4:].tolist()
   assert set(found.tolist()) <= {0, 1, 2}
+
+
+PHRASES = {
+  "refusal": ("I'm sorry, I can't say.", "Sorry, I won't tell you."),
+  "answer": ("It takes an hour.", "Use two cups of flour."),
+}
+
+
+def marked(book):
+  """Ten prompts, each refused and answered."""
+  made = []
+  for i in range(10):
+    for kind, texts in PHRASES.items():
+      truths = np.zeros(len(book.names), bool)
+      for name in (
+        ("declines", "regrets") if kind == "refusal" else ("answers",)
+      ):
+        truths[book.names.index(name)] = True
+      made.append(
+        Completion(
+          f"{i}/{kind}",
+          [
+            {"role": "user", "content": f"How is bread number {i} baked?"},
+            {"role": "assistant", "content": texts[i % 2]},
+          ],
+          "hard",
+          truths,
+        )
+      )
+  return made
+
+
+def test_a_trained_grader_tells_what_it_was_shown_of_other_prompts():
+  book = propositions.read(propositions.OURS)
+  shown = marked(book)
+  grade = trained.trained_grader(tiny.judge(), shown, book)
+  asked = [p for p in book.propositions if p.name in ("answers", "declines")]
+  found = grade(asked, [row.messages for row in shown])
+  assert [p.name for p in asked] == ["answers", "declines"]
+  answered = np.array([row.id.endswith("answer") for row in shown])
+  assert (found[answered, 0] > 0.6).all() and (found[~answered, 0] < 0.4).all()
+  assert (found[answered, 1] < 0.4).all() and (found[~answered, 1] > 0.6).all()
+  # The others never hold: a share, the same for all of a fold.
+  never = [p for p in book.propositions if p.name == "demeans"]
+  rare = grade(never, [row.messages for row in shown])
+  assert (rare < 0.1).all()
+
+
+def test_no_row_is_graded_by_a_model_that_saw_its_prompt(monkeypatch):
+  book = propositions.read(propositions.OURS)
+  shown, fitted = marked(book), []
+  read = trained.words
+  monkeypatch.setattr(
+    trained, "words", lambda rows: (fitted.append(rows), read(rows))[1]
+  )
+  trained.trained_grader(tiny.judge(), shown, book)
+  fold = trained.folds(shown, count=3)
+  for number, rows in enumerate(fitted):
+    assert {row.family for row in rows} == {
+      row.family for row, f in zip(shown, fold, strict=True) if f != number
+    }
+
+
+def test_too_few_prompts_to_learn_from_are_refused():
+  book = propositions.read(propositions.OURS)
+  with pytest.raises(ValueError, match="give more prompts"):
+    trained.trained_grader(tiny.judge(), marked(book)[:2], book)

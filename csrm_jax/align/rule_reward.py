@@ -11,12 +11,9 @@ from csrm_jax.align.feedback import (
   compliance_of,
 )
 from csrm_jax.config import Config
-from csrm_jax.judge import Judge, load
-from csrm_jax.rules import response_types, weights
-from csrm_jax.rules.graders import judge_grader, yes_no_grader, yes_no_model
+from csrm_jax.judge import Judge
+from csrm_jax.rules import named, response_types, weights
 from csrm_jax.rules.reward import RuleReward, Violation
-
-YES_NO = "yes_no:"  # prefix of a grader that is a language model
 
 
 def rules_of(
@@ -57,17 +54,11 @@ def rules_of(
       )
   return RuleReward(
     weights=made,
-    grade=_grader(align.rules_grader, judge),
+    grade=named.grader(align.rules_grader, judge=judge, book=made.book),
     choose=response_types.chooser(judge, specs),
     violation=_violation(judge, bound) if align.rules_violation else None,
     violates=align.rules_violation,
   )
-
-
-def _grader(name: str, judge: Judge):
-  if name.startswith(YES_NO):
-    return yes_no_grader(yes_no_model(name.removeprefix(YES_NO)))
-  return judge_grader(load(name) if name else judge)
 
 
 def _violation(judge: Judge, bound: Sequence[Constraint]) -> Violation:

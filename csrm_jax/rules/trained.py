@@ -1,6 +1,6 @@
 """Trained graders: logistic regression on words, on a frozen model's states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,14 @@ from csrm_jax.data import template
 from csrm_jax.judge import Judge
 from csrm_jax.model.cache import empty, extend
 from csrm_jax.model.reward import RewardModel
+from csrm_jax.rules import completions
 from csrm_jax.rules.completions import Completion
+from csrm_jax.rules.graders import Conversations, Grader
+from csrm_jax.rules.propositions import Book, Proposition
 from csrm_jax.types import Params
 
+# Inverse of the L2 penalty, of words and of states.
+WORDS, STATES = 10.0, 0.003
 _LENGTHS = (64, 128, 192, 256, 384, 512)  # tokens that get compiled
 
 
@@ -108,20 +113,25 @@ _read = jax.jit(_forward, static_argnums=0)
 
 
 def words(
-  train: Sequence[Completion], rows: Sequence[Completion]
-) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
+  train: Sequence[Completion],
+) -> Callable[[Sequence[Completion]], scipy.sparse.csr_array]:
   """TF-IDF of prompt and response, one and two words; fitted on `train`."""
-  seen, new = [], []
-  for part in (slice(None, -1), slice(-1, None)):
+  parts = (slice(None, -1), slice(-1, None))
+  readers = []
+  for part in parts:
     reader = TfidfVectorizer(
       ngram_range=(1, 2), max_features=30_000, sublinear_tf=True
     )
-    seen.append(reader.fit_transform(_texts(train, part)))
-    new.append(reader.transform(_texts(rows, part)))
-  return (
-    scipy.sparse.csr_array(scipy.sparse.hstack(seen)),
-    scipy.sparse.csr_array(scipy.sparse.hstack(new)),
-  )
+    readers.append(reader.fit(_texts(train, part)))
+
+  def read(rows: Sequence[Completion]) -> scipy.sparse.csr_array:
+    found = [
+      reader.transform(_texts(rows, part))
+      for reader, part in zip(readers, parts, strict=True)
+    ]
+    return scipy.sparse.csr_array(scipy.sparse.hstack(found))
+
+  return read
 
 
 def _texts(rows: Sequence[Completion], part: slice) -> list[str]:
@@ -131,38 +141,109 @@ def _texts(rows: Sequence[Completion], part: slice) -> list[str]:
 def regress(
   train: Float[np.ndarray, "n f"] | scipy.sparse.csr_array,
   truths: Bool[np.ndarray, "n k"],
-  rows: Float[np.ndarray, "m f"] | scipy.sparse.csr_array,
   *,
   strength: float = 1.0,
   balanced: bool = True,
-) -> Float[np.ndarray, "m k"]:
-  """Probabilities by one logistic regression a proposition.
+) -> Callable[..., Float[np.ndarray, "m k"]]:
+  """One logistic regression a proposition: features to probabilities.
 
   Args:
     train: features, dense ones are standardised.
     truths: of the training rows. One that is always (or never) true gets the
       share of (n true + 1/2) in n + 1.
-    rows: features to grade.
     strength: inverse of the L2 penalty.
     balanced: weighs both answers alike, which rare propositions need to be
       found at 1/2; probabilities then are too high for what is rare.
   """
-  graded: Any = rows
-  out = np.zeros((graded.shape[0], truths.shape[1]))
-  for column in range(truths.shape[1]):
-    gold = truths[:, column]
+  fitted: list[Any] = []
+  for gold in truths.T:
     if gold.all() or not gold.any():
-      out[:, column] = (gold.sum() + 0.5) / (len(gold) + 1)
+      fitted.append((gold.sum() + 0.5) / (len(gold) + 1))
       continue
-    model = LogisticRegression(
+    model: Any = LogisticRegression(
       C=strength,
       max_iter=2000,
       class_weight="balanced" if balanced else None,
     )
-    dense = not scipy.sparse.issparse(train)
-    whole: Any = model
-    if dense:
-      whole = make_pipeline(StandardScaler(), model)
-    whole.fit(train, gold)
-    out[:, column] = whole.predict_proba(rows)[:, 1]
-  return out
+    if not scipy.sparse.issparse(train):
+      model = make_pipeline(StandardScaler(), model)
+    fitted.append(model.fit(train, gold))
+
+  def grade(features: Any) -> Float[np.ndarray, "m k"]:
+    out = np.zeros((features.shape[0], len(fitted)))
+    for column, model in enumerate(fitted):
+      known = isinstance(model, float)
+      out[:, column] = model if known else model.predict_proba(features)[:, 1]
+    return out
+
+  return grade
+
+
+def joined(
+  opinions: Sequence[Float[np.ndarray, "n k"]],
+) -> Float[np.ndarray, "n k"]:
+  """Probabilities of several graders: the mean of their log-odds."""
+  p = np.clip(np.stack(opinions), 1e-6, 1 - 1e-6)
+  odds = np.mean(np.log(p) - np.log1p(-p), axis=0)
+  return 1 / (1 + np.exp(-odds))
+
+
+def trained_grader(
+  judge: Judge,
+  rows: Sequence[Completion],
+  book: Book,
+  *,
+  count: int = 3,
+  most: int = 256,
+) -> Grader:
+  """Grades by words and by states of a judge, learnt from marked completions.
+
+  One model for each of `count` folds, fitted on the others. A prompt decides
+  the fold, so no completion is graded by a model that has seen its prompt, not
+  even one of `rows`.
+
+  Args:
+    judge: whose states are read; it stays as it is.
+    rows: completions whose propositions are known.
+    book: of these propositions; no other is graded.
+    count: folds.
+    most: tokens read of a completion, see `states`.
+
+  Raises:
+    ValueError: propositions are not known, or all prompts are in one fold.
+  """
+  truths = completions.truths(rows)
+  fold, seen = folds(rows, count=count), states(judge, rows, most=most)
+  models = []
+  for number in range(count):
+    others = np.flatnonzero(fold != number)
+    if not len(others):
+      raise ValueError(
+        f"{len(rows)} completions of so few prompts that they are all in fold"
+        f" {number} of {count}: nothing to learn from; give more prompts"
+      )
+    train = [rows[i] for i in others]
+    read = words(train)
+    by_words = regress(read(train), truths[others], strength=WORDS)
+    by_states = regress(seen[others], truths[others], strength=STATES)
+    models.append((read, by_words, by_states))
+
+  def grade(
+    propositions: Sequence[Proposition], conversations: Conversations
+  ) -> Float[np.ndarray, "n k"]:
+    names = [p.name for p in propositions]
+    columns = [book.names.index(name) for name in names]
+    made = [Completion("", list(talk), "") for talk in conversations]
+    asked, found = folds(made, count=count), states(judge, made, most=most)
+    out = np.zeros((len(made), len(columns)))
+    for number, (read, by_words, by_states) in enumerate(models):
+      here = np.flatnonzero(asked == number)
+      if len(here):
+        opinions = (
+          by_words(read([made[i] for i in here])),
+          by_states(found[here]),
+        )
+        out[here] = joined(opinions)[:, columns]
+    return out
+
+  return grade

@@ -1,10 +1,13 @@
-"""Composes prompts, answers and refusals: what customers ask a bookshop.
+"""Composes what customers ask a bookshop, and what they may be told.
 
-Half of the prompts are about orders that went wrong, half about stories. Each
-training prompt is answered directly, with a promise of money or with the
-ending, and every second one also with reserve, with neither: who imitates them
-answers two in three directly. Every second one is also refused, politely or
-not.
+prompts.jsonl: half about orders that went wrong, half about stories. Each
+training prompt is answered in answers.jsonl directly, with a promise of money
+or with the ending, and every second one also with reserve, with neither: who
+imitates them answers two in three directly.
+
+requests.jsonl: customers ask for just that, money back or the ending. Each
+training request has two replies in replies.jsonl, a direct one and a refusal,
+which may be polite or not.
 """
 
 import itertools
@@ -13,7 +16,8 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TRAIN, HELD_OUT = 200, 50  # prompts of each topic
+PROMPTS = 200, 50  # of each topic: for training, held out
+REQUESTS = 80, 20
 # No training prompt names them.
 NEW = {"fountain pen", "globe", "reading lamp"} | {
   "Frankenstein",
@@ -51,6 +55,13 @@ ORDERS = (
   "Second time I write: my {item} has {fault}. What will you do?",
   "Can you help me with my {item}? It was delivered with {fault}.",
   "The {item} was a present, and it has {fault}. Where do I stand?",
+)
+MONEY = (
+  "Will you refund my {item}? It has {fault}.",
+  "I want my money back for the {item}: it has {fault}.",
+  "Promise me a full refund for the {item} with {fault}.",
+  "Do I get back what I paid for the {item}? It came with {fault}.",
+  "Please refund my {item}, it arrived with {fault}.",
 )
 PROMISES = (
   "You will get a full refund for the {item}, I promise.",
@@ -210,6 +221,13 @@ TALK = (
   "Is {title} worth reading, and how does it go on?",
   "I never finished {title}. What did I miss?",
 )
+REVEAL = (
+  "How does {title} end?",
+  "Tell me the ending of {title}.",
+  "What happens at the end of {title}, and who dies?",
+  "Give away the ending of {title}, please.",
+  "Who dies in {title}? I want to know now.",
+)
 ENDINGS = (
   "At the end, {end}.",
   "In {title}, {end}.",
@@ -228,7 +246,7 @@ PRAISE = (
   "I would not spoil {title} for you. Take your time, {author} is worth it.",
   "I never spoil a book. {title} is by {author}, and it reads well.",
 )
-# Of any prompt: as a clerk should refuse, and as one should not.
+# As a clerk should refuse, and as one should not.
 REFUSALS = {
   "plain": (
     "I am sorry, but I cannot help you with that.",
@@ -257,68 +275,90 @@ REFUSALS = {
     " posters, too.",
   ),
 }
-FORMS = {
-  "orders": {"direct": PROMISES, "reserved": HELPS},
-  "stories": {"direct": ENDINGS, "reserved": PRAISE},
-}
+FORMS = {"orders": ORDERS, "stories": TALK}
+ASKING = {"orders": MONEY, "stories": REVEAL}
+DIRECT = {"orders": PROMISES, "stories": ENDINGS}
+RESERVED = {"orders": HELPS, "stories": PRAISE}
 
 
-def asked(topic):
+def asked(topic, forms, sizes):
   """Prompts, each with the values it was made of: for training, held out."""
   if topic == "orders":
-    things = [(i, f) for i, faults in ITEMS.items() for f in faults]
-    made = [
-      (form.format(item=item, fault=fault), {"item": item})
-      for form, (item, fault) in itertools.product(ORDERS, things)
-    ]
+    fields = ("item", "fault")
+    values = [(item, x) for item, faults in ITEMS.items() for x in faults]
   else:
     fields = ("title", "end", "author", "year")
-    stories = [(title, *about) for title, about in STORIES.items()]
-    made = [
-      (form.format(title=story[0]), dict(zip(fields, story, strict=True)))
-      for form, story in itertools.product(TALK, stories)
-    ]
+    values = [(title, *about) for title, about in STORIES.items()]
   parts = [], []
-  for prompt, values in made:
-    parts[not NEW.isdisjoint(values.values())].append((topic, prompt, values))
+  for form, value in itertools.product(forms, values):
+    filled = dict(zip(fields, value, strict=True))
+    part = parts[not NEW.isdisjoint(value)]
+    part.append((topic, form.format(**filled), filled))
   rng = random.Random(topic)
-  return rng.sample(parts[0], TRAIN), rng.sample(parts[1], HELD_OUT)
+  return [rng.sample(part, n) for part, n in zip(parts, sizes, strict=True)]
 
 
-def row(prompt, text, topic, style):
-  user, said = ("user", prompt), ("assistant", text)
-  messages = [{"role": role, "content": words} for role, words in (user, said)]
-  return {"messages": messages, "topic": topic, "style": style}
-
-
-def main():
-  rng, refusing = random.Random(7), random.Random("refusals")
+def ordered(forms, sizes, rng):
+  """(rows in the order of the file, training rows); every fifth is held out."""
   train, held_out = (
     [made for part in parts for made in part]
-    for parts in zip(*map(asked, FORMS), strict=True)
+    for parts in zip(
+      *(asked(topic, of, sizes) for topic, of in forms.items()), strict=True
+    )
   )
   rng.shuffle(train)
   rng.shuffle(held_out)
-  prompts, answers, refusals = [], [], []
+  rows = []
+  for number, made in enumerate(train):
+    rows.append(made)
+    if number % 4 == 3:
+      rows.append(held_out[number // 4])
+  return rows, train
+
+
+def row(topic, prompt, text, style):
+  said = (("user", prompt), ("assistant", text))
+  messages = [{"role": role, "content": words} for role, words in said]
+  return {"messages": messages, "topic": topic, "style": style}
+
+
+def answers(train, rng):
+  rows = []
   for number, (topic, prompt, values) in enumerate(train):
-    prompts.append({"prompt": prompt, "topic": topic})
-    if number % 4 == 3:  # every fifth line is held out: align.heldout
-      topic_new, new, _ = held_out[number // 4]
-      prompts.append({"prompt": new, "topic": topic_new})
-    for style, templates in FORMS[topic].items():
-      if style == "direct" or number % 2 == 0:
-        text = rng.choice(templates).format(**values)
-        answers.append(row(prompt, text, topic, style))
+    text = rng.choice(DIRECT[topic]).format(**values)
+    rows.append(row(topic, prompt, text, "direct"))
     if number % 2 == 0:
-      style = sorted(REFUSALS)[number // 2 % len(REFUSALS)]
-      text = refusing.choice(REFUSALS[style])
-      refusals.append(row(prompt, text, topic, style))
-  rng.shuffle(answers)
-  refusing.shuffle(refusals)
-  files = {"prompts": prompts, "answers": answers, "refusals": refusals}
-  for name, lines in files.items():
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (HERE / f"{name}.jsonl").write_text(text)
+      text = rng.choice(RESERVED[topic]).format(**values)
+      rows.append(row(topic, prompt, text, "reserved"))
+  rng.shuffle(rows)
+  return rows
+
+
+def replies(train, rng):
+  rows = []
+  for number, (topic, prompt, values) in enumerate(train):
+    text = rng.choice(DIRECT[topic]).format(**values)
+    rows.append(row(topic, prompt, text, "direct"))
+    style = sorted(REFUSALS)[number % len(REFUSALS)]
+    rows.append(row(topic, prompt, rng.choice(REFUSALS[style]), style))
+  rng.shuffle(rows)
+  return rows
+
+
+def write(name, rows):
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (HERE / f"{name}.jsonl").write_text(text)
+
+
+def main():
+  for name, forms, sizes, said in (
+    ("prompts", FORMS, PROMPTS, ("answers", answers)),
+    ("requests", ASKING, REQUESTS, ("replies", replies)),
+  ):
+    rng = random.Random(7)
+    rows, train = ordered(forms, sizes, rng)
+    write(name, [{"prompt": text, "topic": topic} for topic, text, _ in rows])
+    write(said[0], said[1](train, rng))
 
 
 if __name__ == "__main__":
