@@ -1,8 +1,8 @@
 """PPO of SmolLM2-135M for helpfulness and rule-based rewards.
 
-Cost: 2 CPU cores, 100 updates; time not measured, above ppo_lag_smollm2.py, as
-every proposition is graded on each response. Needs fitted weights
-(launch/rules.py): --config.align.rules=DIR. The spec chooses which
+Cost: 100 updates on one CPU core, half an hour. Needs fitted weights and a
+policy that answers and refuses (docs/rules.md has the commands):
+--config.align.rules=DIR --config.model.path=DIR. The spec chooses which
 weights act: under specs/align/book_club.yaml it refuses where this answers.
 """
 
@@ -12,6 +12,8 @@ from configs import ppo_lag_smollm2
 def get_config():
   c = ppo_lag_smollm2.get_config()
   c.steps = 100
+  c.align.prompts = "specs/align/requests.jsonl"
+  c.align.evaluate_prompts = 40  # all that are held out
   c.align.method = "plain"  # violations are watched; the rules are the reward
   c.align.rbr_weight = 1.0
   c.align.rules_violation = "crosses"
