@@ -25,6 +25,7 @@ from csrm_jax.types import Params
 
 # Inverse of the L2 penalty, of words and of states.
 WORDS, STATES = 10.0, 0.003
+_ROWS = 16  # read at a time
 _LENGTHS = (64, 128, 192, 256, 384, 512)  # tokens that get compiled
 
 
@@ -50,24 +51,24 @@ def states(
     rows: their last message is the response.
     most: tokens read of a row, up to 512.
   """
-  found = []
-  for row in rows:
-    before, after = _ids(judge, row, most)
+  cut = [_ids(judge, row, most) for row in rows]
+  by_length: dict[int, list[int]] = {}
+  for i, (before, after) in enumerate(cut):
     length = next(n for n in _LENGTHS if len(before) + len(after) <= n)
-    tokens = np.zeros((1, length), np.int32)
-    tokens[0, : len(before) + len(after)] = before + after
-    found.append(
-      np.asarray(
-        _read(
-          judge.model,
-          judge.params,
-          tokens,
-          np.int32(len(before)),
-          np.int32(len(after)),
-        )
-      )
-    )
-  return np.stack(found).astype(np.float64)
+    by_length.setdefault(length, []).append(i)
+  found: dict[int, np.ndarray] = {}
+  for length, members in by_length.items():
+    for first in range(0, len(members), _ROWS):
+      chosen = members[first : first + _ROWS]
+      tokens = np.zeros((_ROWS, length), np.int32)
+      places = np.zeros((2, _ROWS), np.int32)
+      for row, i in enumerate(chosen):
+        ids = cut[i][0] + cut[i][1]
+        tokens[row, : len(ids)] = ids
+        places[:, row] = [len(part) for part in cut[i]]
+      read = _read(judge.model, judge.params, tokens, places[0], places[1])
+      found |= dict(zip(chosen, np.asarray(read), strict=False))
+  return np.stack([found[i] for i in range(len(rows))]).astype(np.float64)
 
 
 def _ids(
@@ -93,20 +94,22 @@ def _ids(
 def _forward(
   model: RewardModel,
   params: Params,
-  tokens: Int[Array, "1 l"],
-  before: Int[Array, ""],
-  after: Int[Array, ""],
-) -> Float[Array, " f"]:
+  tokens: Int[Array, "n l"],
+  before: Int[Array, " n"],
+  after: Int[Array, " n"],
+) -> Float[Array, "n f"]:
   """Mean over the `after` tokens of the response, then the last of them."""
   rows, length = tokens.shape
   index = jnp.broadcast_to(jnp.arange(length), tokens.shape)
   causal = jnp.broadcast_to(jnp.tri(length, dtype=bool), (rows, length, length))
   x, _ = extend(model, params, tokens, index, causal, empty(model, rows))
-  x = model._final_norm(params, x)[0].astype(jnp.float32)
-  place = jnp.arange(length)
-  said = (place >= before) & (place < before + after)
-  mean = jnp.sum(jnp.where(said[:, None], x, 0.0), 0) / jnp.maximum(after, 1)
-  return jnp.concatenate([mean, x[before + after - 1]])
+  x = model._final_norm(params, x).astype(jnp.float32)
+  end = (before + after)[:, None]
+  said = (index >= before[:, None]) & (index < end)
+  total = jnp.sum(jnp.where(said[..., None], x, 0.0), 1)
+  mean = total / jnp.maximum(after, 1)[:, None]
+  last = jnp.take_along_axis(x, jnp.maximum(end - 1, 0)[..., None], 1)[:, 0]
+  return jnp.concatenate([mean, last], 1)
 
 
 _read = jax.jit(_forward, static_argnums=0)
