@@ -156,3 +156,17 @@ def test_too_few_prompts_to_learn_from_are_refused():
   book = propositions.read(propositions.OURS)
   with pytest.raises(ValueError, match="give more prompts"):
     trained.trained_grader(tiny.judge(), marked(book)[:2], book)
+
+
+def test_states_are_kept_for_the_same_judge_and_rows(tmp_path, monkeypatch):
+  judge, file = tiny.judge(), tmp_path / "said.states.npz"
+  first = trained.kept_states(judge, rows(), file)
+  np.testing.assert_allclose(first, trained.states(judge, rows()), rtol=1e-6)
+  again = trained.states
+  monkeypatch.setattr(trained, "states", lambda *_, **__: pytest.fail("read"))
+  assert np.array_equal(trained.kept_states(judge, rows(), file), first)
+  monkeypatch.setattr(trained, "states", again)
+  fewer = trained.kept_states(judge, rows()[:2], file)
+  np.testing.assert_allclose(fewer, first[:2], rtol=1e-6)
+  file.write_bytes(file.read_bytes()[:200])
+  assert trained.kept_states(judge, rows()[:2], file).shape == fewer.shape

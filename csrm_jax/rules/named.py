@@ -1,5 +1,7 @@
 """Graders by the name that flags and recipes give them."""
 
+from pathlib import Path
+
 from csrm_jax.judge import Judge, load
 from csrm_jax.rules import completions
 from csrm_jax.rules.graders import (
@@ -20,8 +22,8 @@ def grader(name: str, *, judge: Judge, book: Book) -> Grader:
 
   Args:
     name: "": `judge`; "yes_no:MODEL": a language model; "trained:FILE":
-      learnt from the completions of FILE on the states of `judge`; else the
-      folder of another judge.
+      learnt from the completions of FILE on the states of `judge`, which are
+      kept beside it in FILE.states.npz; else the folder of another judge.
     judge: grades itself, or lends its states; says in which dtype a judge of a
       folder computes.
     book: of the propositions.
@@ -32,8 +34,10 @@ def grader(name: str, *, judge: Judge, book: Book) -> Grader:
   if name.startswith(YES_NO):
     return yes_no_grader(yes_no_model(name.removeprefix(YES_NO)))
   if name.startswith(TRAINED):
-    rows = completions.read(name.removeprefix(TRAINED), book)
-    return trained_grader(judge, rows, book)
+    file = Path(name.removeprefix(TRAINED))
+    rows = completions.read(file, book)
+    cache = file.with_suffix(".states.npz")
+    return trained_grader(judge, rows, book, cache=cache)
   if name:
     judge = load(name).computing(judge.model.dtype)
   return judge_grader(judge)

@@ -1,6 +1,10 @@
 """Trained graders: logistic regression on words, on a frozen model's states."""
 
+import hashlib
+import json
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -71,6 +75,34 @@ def states(
   return np.stack([found[i] for i in range(len(rows))]).astype(np.float64)
 
 
+def kept_states(
+  judge: Judge, rows: Sequence[Completion], file: str | Path, *, most: int = 256
+) -> Float[np.ndarray, "n f"]:
+  """`states`, kept in a file and read from it next time.
+
+  Args:
+    judge: whose states they are.
+    rows: to read.
+    file: .npz; written anew if it is of another judge, of other rows or cut.
+    most: tokens read of a row.
+  """
+  file = Path(file)
+  asked = [judge.fingerprint, judge.model.dtype, most]
+  asked += [row.messages for row in rows]
+  key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+  try:
+    with np.load(file) as held:
+      if str(held["key"]) == key:
+        return held["states"].astype(np.float64)
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    pass  # there is none, or none that is whole
+  found = states(judge, rows, most=most).astype(np.float32)
+  part = file.with_suffix(".part.npz")
+  np.savez(part, key=np.array(key), states=found)
+  part.replace(file)
+  return found.astype(np.float64)
+
+
 def _ids(
   judge: Judge, row: Completion, most: int
 ) -> tuple[list[int], list[int]]:
@@ -113,6 +145,10 @@ def _forward(
 
 
 _read = jax.jit(_forward, static_argnums=0)
+
+
+def _key(row: Completion) -> str:
+  return json.dumps(row.messages)
 
 
 def words(
@@ -198,6 +234,7 @@ def trained_grader(
   *,
   count: int = 3,
   most: int = 256,
+  cache: str | Path = "",
 ) -> Grader:
   """Grades by words and by states of a judge, learnt from marked completions.
 
@@ -211,12 +248,18 @@ def trained_grader(
     book: of these propositions; no other is graded.
     count: folds.
     most: tokens read of a completion, see `states`.
+    cache: file that keeps the states of `rows`, see `kept_states`; "": none.
 
   Raises:
     ValueError: propositions are not known, or all prompts are in one fold.
   """
   truths = completions.truths(rows)
-  fold, seen = folds(rows, count=count), states(judge, rows, most=most)
+  fold = folds(rows, count=count)
+  if cache:
+    seen = kept_states(judge, rows, cache, most=most)
+  else:
+    seen = states(judge, rows, most=most)
+  known = {_key(row): state for row, state in zip(rows, seen, strict=True)}
   models = []
   for number in range(count):
     others = np.flatnonzero(fold != number)
@@ -237,7 +280,11 @@ def trained_grader(
     names = [p.name for p in propositions]
     columns = [book.names.index(name) for name in names]
     made = [Completion("", list(talk), "") for talk in conversations]
-    asked, found = folds(made, count=count), states(judge, made, most=most)
+    asked = folds(made, count=count)
+    if all(_key(row) in known for row in made):
+      found = np.stack([known[_key(row)] for row in made])
+    else:
+      found = states(judge, made, most=most)
     out = np.zeros((len(made), len(columns)))
     for number, (read, by_words, by_states) in enumerate(models):
       here = np.flatnonzero(asked == number)
