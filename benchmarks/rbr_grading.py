@@ -20,6 +20,7 @@ import numpy as np
 
 from csrm_jax import errors
 from csrm_jax.judge import SHIPPED, load
+from csrm_jax.model.reward import DTYPES
 from csrm_jax.rules import completions, graders, grading, trained
 from csrm_jax.rules.completions import Completion
 from csrm_jax.rules.propositions import Book
@@ -33,11 +34,13 @@ def grade(
   """(probabilities, what to say of how they were made)."""
   talks = [row.messages for row in rows]
   if name == "judge":
-    judge = load(flags.judge or str(SHIPPED))
-    return graders.judge_grader(judge)(book.propositions, talks), {}
+    judge = load(flags.judge or str(SHIPPED)).computing(flags.dtype)
+    graded = graders.judge_grader(judge)(book.propositions, talks)
+    return graded, {"dtype": flags.dtype}
   if name == "yes_no":
-    model = graders.yes_no_model(flags.model)
-    return graders.yes_no_grader(model)(book.propositions, talks), {}
+    model = graders.yes_no_model(flags.model).computing(flags.dtype)
+    graded = graders.yes_no_grader(model)(book.propositions, talks)
+    return graded, {"dtype": flags.dtype}
   fold = trained.folds(rows, count=flags.folds)
   truths = completions.truths(rows)
   dense = None if name == "tfidf" else _states(rows, flags)
@@ -86,6 +89,9 @@ def main() -> None:
   parser.add_argument("--most", type=int, default=256, help="tokens of a row")
   parser.add_argument("--strength", type=float, default=trained.STATES)
   parser.add_argument("--rows", type=int, default=0, help="first so many")
+  parser.add_argument(
+    "--dtype", default="float32", choices=DTYPES, help="of judge and yes_no"
+  )
   parser.add_argument("--cache", default="", help=".npy file of states")
   flags = parser.parse_args()
   with errors.told():
