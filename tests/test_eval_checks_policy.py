@@ -164,3 +164,26 @@ def test_examples_are_few_and_short():
   found = checks_policy.gap(judge, cases, **HOW)
   assert len(found["worst"]) == checks_policy.EXAMPLES
   assert len(found["worst"][0]["response"]) == 300
+
+
+@pytest.mark.parametrize(
+  "responses, number, commonest",
+  [
+    (("we pay it all back", "we pay it all today"), 1.0, 1.0),
+    (("yes", "no", "perhaps", "never"), 4.0, 0.25),
+    # Two of four alike: entropy of (1/2, 1/4, 1/4).
+    (("Yes, it is so", "YES, it is so", "no", ""), 2**1.5, 0.5),
+  ],
+)
+def test_variety_is_the_number_of_openings(responses, number, commonest):
+  found = checks_policy.variety(made(*responses), **HOW)
+  assert found["value"] == pytest.approx(number)
+  assert found["also"]["commonest"] == pytest.approx(commonest)
+  assert found["passed"] is None and found["pass_mark"] == ""
+  low, high = found["interval"]
+  assert 1.0 - 1e-9 <= low <= high <= number + 1e-9
+  assert found["worst"][0]["alike"] == commonest * len(responses)
+
+
+def test_variety_of_nothing_is_not_measured():
+  assert checks_policy.variety([], **HOW)["value"] is None

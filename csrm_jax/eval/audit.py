@@ -74,6 +74,7 @@ def audit(
       "disclaimer": checks_policy.disclaimer(told, cases, **how),
       "padding": checks_policy.padding(told, cases, **how),
       "length": checks_policy.length(told, cases, **how),
+      "variety": checks_policy.variety(cases, **how),
     }
     proxy = expit(scores(told, cases))
     ends.append(
