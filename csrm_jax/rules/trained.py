@@ -268,7 +268,7 @@ def trained_grader(
         f"{len(rows)} completions of so few prompts that they are all in fold"
         f" {number} of {count}: nothing to learn from; give more prompts"
       )
-    train = [rows[i] for i in others]
+    train = [rows[i] for i in others.tolist()]
     read = words(train)
     by_words = regress(read(train), truths[others], strength=WORDS)
     by_states = regress(seen[others], truths[others], strength=STATES)
@@ -290,7 +290,7 @@ def trained_grader(
       here = np.flatnonzero(asked == number)
       if len(here):
         opinions = (
-          by_words(read([made[i] for i in here])),
+          by_words(read([made[i] for i in here.tolist()])),
           by_states(found[here]),
         )
         out[here] = joined(opinions)[:, columns]
