@@ -411,8 +411,9 @@ def wilson(
   scale = 1.0 + z**2 / safe
   centre = (rate + z**2 / (2 * safe)) / scale
   half = z / scale * np.sqrt(rate * (1 - rate) / safe + z**2 / (4 * safe**2))
-  low = np.where(n > 0, np.maximum(centre - half, 0.0), 0.0)
-  high = np.where(n > 0, np.minimum(centre + half, 1.0), 1.0)
+  # Rounding must not put the rate outside: at 0 and n an end is the rate.
+  low = np.where(n > 0, np.clip(centre - half, 0.0, rate), 0.0)
+  high = np.where(n > 0, np.clip(centre + half, rate, 1.0), 1.0)
   return low[()], high[()]
 
 

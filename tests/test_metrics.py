@@ -322,6 +322,15 @@ def test_wilson_matches_scipy(successes, more):
   assert metrics.wilson(0, 0) == (0.0, 1.0)
 
 
+def test_wilson_holds_the_rate_whatever_is_rounded():
+  trials = np.arange(1, 500)
+  for successes in (np.zeros(499), trials, trials // 3):
+    low, high = metrics.wilson(successes, trials)
+    rate = successes / trials
+    assert (low <= rate).all() and (rate <= high).all()
+  assert metrics.wilson(0, 24)[0] == 0.0 and metrics.wilson(24, 24)[1] == 1.0
+
+
 @pytest.mark.parametrize(
   ("successes", "trials", "expected"),
   [
