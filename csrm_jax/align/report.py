@@ -136,7 +136,7 @@ def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
         axes[1, 0].errorbar(
           [e["step"] for e in seen],
           mid,
-          yerr=[mid - low, high - mid],
+          yerr=np.maximum([mid - low, high - mid], 0.0),
           color=colour,
           ls=style,
           marker="o",
@@ -196,7 +196,7 @@ def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     ax.errorbar(
       x,
       y,
-      xerr=[left, right],
+      xerr=np.maximum([left, right], 0.0),
       yerr=half,
       marker="o",
       ls="-" if method == "shaping" else "",
