@@ -1,6 +1,6 @@
 """PPO-Lagrangian of SmolLM2-135M: helpfulness, bound by specs.
 
-Cost: 20 minutes on one CPU core, 11 s an update (two runs at a time on two
+Cost: half an hour on one CPU core, 17 s an update (two runs at a time on two
 cores). Reward and judge are those that ship with the repository. The policy
 follows its spec alone: specs/align/book_club.yaml (--config.align.specs) is
 another one. It is meant to start from what configs/sft_smollm2.py leaves:

@@ -4,6 +4,8 @@ Cost: 100 updates on one CPU core, half an hour. Needs fitted weights and a
 policy that answers and refuses (docs/rules.md has the commands):
 --config.align.rules=DIR --config.model.path=DIR. The spec chooses which
 weights act: under specs/align/book_club.yaml it refuses where this answers.
+As it stands the policy learns to answer, not to refuse well: the reward is too
+large for this KL penalty (docs/decisions.md).
 """
 
 from configs import ppo_lag_smollm2

@@ -2,7 +2,8 @@
 
 python launch/rules.py compose --output=runs/rules/composed.jsonl
 python launch/rules.py grade --input=runs/rules/composed.jsonl \
-  --reward=runs/reward --output=runs/rules/graded.jsonl
+  --grader=trained:runs/rules/composed.jsonl \
+  --reward=models/smollm2-135m-helpfulness --output=runs/rules/graded.jsonl
 python launch/rules.py fit --input=runs/rules/graded.jsonl --output=runs/rules
 
 docs/rules.md explains the files; `--help` after a command lists its options.
