@@ -23,7 +23,7 @@ def grader(name: str, *, judge: Judge, book: Book) -> Grader:
   Args:
     name: "": `judge`; "yes_no:MODEL": a language model; "trained:FILE":
       learnt from the completions of FILE on the states of `judge`, which are
-      kept beside it (FILE's name, .states.npz); else the folder of another judge.
+      kept beside it (its name, .states.npz); else the folder of another judge.
     judge: grades itself, or lends its states; says in which dtype a judge of a
       folder computes.
     book: of the propositions.
