@@ -10,6 +10,7 @@ from configs import ppo_rbr_smollm2
 from configs import tiny as recipe
 from csrm_jax.align import rule_reward
 from csrm_jax.align.feedback import constraints
+from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 from csrm_jax.rules import propositions, response_types, synthetic, weights
 from csrm_jax.rules.reward import total
@@ -153,3 +154,13 @@ def test_a_run_with_rules(folder, judge, tmp_path):
     assert row["class"] in BOOK.class_names(row["response_type"])
     expected = 3.0 + 0.5 * row["rule_reward"]
     assert row["reward"] == pytest.approx(expected, abs=1e-4)
+  said = read("evaluations.jsonl")
+  found = report({"a": tmp_path / "run"}, tmp_path / "out")["a"]["rules"]
+  assert set(found) == {
+    k for k in said[0] if k.startswith(("ideal/", "over_", "refused"))
+  } - {k for k in said[0] if k.endswith(("_low", "_high"))}
+  for name, share in found.items():
+    assert share["start"] == said[0][name] and share["end"] == said[-1][name]
+    assert share["end_low"] <= share["end"] <= share["end_high"]
+  picture = (tmp_path / "out" / "a_rules.png").read_bytes()
+  assert picture.startswith(b"\x89PNG")

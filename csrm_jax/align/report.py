@@ -58,7 +58,8 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
     ("last", of the training responses; of the held-out ones "start", "end",
     "settled", and with "monitor_" before them if a monitor was asked), the last
     multiplier. And the reward at both ends, its fall in
-    standard deviations of the start's responses, KL and length.
+    standard deviations of the start's responses, KL and length. "rules", of a
+    run with rule-based rewards: shares at "start" and "end", see `shares`.
   """
   updates, evaluations = run["updates"], run["evaluations"]
   align = run["config"]["align"]
@@ -98,6 +99,7 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
     "length_start": start["length"],
     "length_end": end["length"],
     "seconds": updates[-1]["seconds"],
+    **_rules(start, end),
   }
 
 
@@ -110,6 +112,56 @@ def _settled(
   count = round(sum(e[key] * e["responses"] for e in seen))
   total = sum(e["responses"] for e in seen)
   return rate(f"{prefix}settled", count, total)
+
+
+def shares(evaluation: Mapping[str, Any]) -> list[str]:
+  """Names of what an evaluation says of rules, see `RuleReward.shares`."""
+  return [
+    key
+    for key in evaluation
+    if not key.endswith(("_low", "_high"))
+    and (key.startswith("ideal/") or key in ("over_refusal", "refused"))
+  ]
+
+
+def _rules(start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, Any]:
+  found = {
+    name: {
+      side + suffix: line[name + suffix]
+      for side, line in (("start", start), ("end", end))
+      for suffix in ("", "_low", "_high")
+    }
+    for name in shares(end)
+  }
+  return {"rules": found} if found else {}
+
+
+def rules(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
+  """Best classes by response type and refusals, on held-out prompts, 95 %."""
+  evaluations = run["evaluations"]
+  figure, axes = subplots(1, 2, figsize=(9.0, 3.6), sharey=True)
+  for i, name in enumerate(shares(evaluations[-1])):
+    low, mid, high = (
+      np.array([e[name + s] for e in evaluations])
+      for s in ("_low", "", "_high")
+    )
+    axes[int(not name.startswith("ideal/"))].errorbar(
+      [e["step"] for e in evaluations],
+      mid,
+      yerr=np.maximum([mid - low, high - mid], 0.0),
+      color=_COLOURS[i % len(_COLOURS)],
+      marker="o",
+      ms=3,
+      elinewidth=0.8,
+      label=name,
+    )
+  axes[0].set(title="completions of the best class", ylim=(0, 1))
+  axes[1].set_title("refusals: of what should be answered, and not")
+  for ax in axes:
+    ax.set_xlabel("update")
+    ax.legend(fontsize=8)
+  figure.suptitle(title)
+  save(figure, path)
 
 
 def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
@@ -214,6 +266,8 @@ def report(
 ) -> dict[str, Any]:
   """Writes align.json, front.png and a picture of each run's curves.
 
+  A run with rule-based rewards gets NAME_rules.png beside NAME.png.
+
   Args:
     workdirs: of the runs, by the name they get.
     output: folder.
@@ -226,6 +280,8 @@ def report(
   runs = {name: read(path) for name, path in workdirs.items()}
   for name, run in runs.items():
     curves(run, folder / f"{name}.png", title=name)
+    if shares(run["evaluations"][-1]):
+      rules(run, folder / f"{name}_rules.png", title=name)
   front(runs, folder / "front.png")
   found = {name: summary(run) for name, run in runs.items()}
   storage.write_json(folder / "align.json", found)

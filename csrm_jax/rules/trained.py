@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
 
 from csrm_jax.data import template
 from csrm_jax.judge import Judge
@@ -61,6 +62,10 @@ def states(
     length = next(n for n in _LENGTHS if len(before) + len(after) <= n)
     by_length.setdefault(length, []).append(i)
   found: dict[int, np.ndarray] = {}
+  # A handful, as an alignment run asks for at every update, needs no bar.
+  bar = tqdm(
+    total=len(rows), desc="read", unit="row", disable=len(rows) <= 8 * _ROWS
+  )
   for length, members in by_length.items():
     for first in range(0, len(members), _ROWS):
       chosen = members[first : first + _ROWS]
@@ -72,6 +77,8 @@ def states(
         places[:, row] = [len(part) for part in cut[i]]
       read = _read(judge.model, judge.params, tokens, places[0], places[1])
       found |= dict(zip(chosen, np.asarray(read), strict=False))
+      bar.update(len(chosen))
+  bar.close()
   return np.stack([found[i] for i in range(len(rows))]).astype(np.float64)
 
 
