@@ -68,14 +68,10 @@ def grade(
 
 def _states(rows: Sequence[Completion], flags: Any) -> np.ndarray:
   """Kept in a file, if one is named, since they cost most."""
-  cache = Path(flags.cache) if flags.cache else None
-  if cache is not None and cache.is_file():
-    return np.load(cache)
   model = load(flags.judge or str(SHIPPED))
-  found = trained.states(model, rows, most=flags.most)
-  if cache is not None:
-    np.save(cache, found)
-  return found
+  if flags.cache:
+    return trained.kept_states(model, rows, flags.cache, most=flags.most)
+  return trained.states(model, rows, most=flags.most)
 
 
 def main() -> None:
@@ -92,7 +88,7 @@ def main() -> None:
   parser.add_argument(
     "--dtype", default="float32", choices=DTYPES, help="of judge and yes_no"
   )
-  parser.add_argument("--cache", default="", help=".npy file of states")
+  parser.add_argument("--cache", default="", help=".npz file of states")
   flags = parser.parse_args()
   with errors.told():
     book, rows = completions.read_gold(flags.data)

@@ -1,0 +1,67 @@
+"""One constitutional round of SmolLM2: does revising help, by two judges?
+
+python benchmarks/constitutional.py --workdir=DIR --monitor=runs/demo \
+    --output=benchmarks/constitutional [--change=align.constitutional.X=Y ...]
+
+Runs configs/constitutional_smollm2.py in DIR, where it goes on if it was ended,
+and writes round.json: compliance of drafts and final answers by the judge that
+accepts and by the monitor that does not, refusals, failures, and beside them
+command, versions and machine. No text of any answer.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import machine
+
+from csrm_jax.align.revised import REPORT
+
+ROOT = Path(__file__).parent.parent
+REWARD = "models/smollm2-135m-helpfulness"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--workdir", required=True)
+  parser.add_argument("--monitor", required=True, help="the second judge")
+  parser.add_argument("--output", required=True)
+  parser.add_argument(
+    "--change", action="append", default=[], help="KEY=VALUE of the config"
+  )
+  flags = parser.parse_args()
+  command = [
+    sys.executable,
+    str(ROOT / "launch" / "align.py"),
+    f"--config={ROOT / 'configs' / 'constitutional_smollm2.py'}",
+    f"--config.align.reward={ROOT / REWARD}",
+    f"--config.align.monitor={flags.monitor}",
+    *(f"--config.{change}" for change in flags.change),
+    f"--workdir={flags.workdir}",
+  ]
+  subprocess.run(command, check=True)
+  work, output = Path(flags.workdir), Path(flags.output)
+  found = json.loads((work / REPORT).read_text("utf-8"))
+  found["monitor"] = Path(flags.monitor).name
+  config = json.loads((work / "config.json").read_text("utf-8"))
+  found["constitutional"] = config["align"]["constitutional"]
+  about = machine.describe(("jax", "flax"))
+  for path, name in ((flags.workdir, "DIR"), (flags.output, "FOLDER")):
+    about["command"] = about["command"].replace(path, name)
+  output.mkdir(parents=True, exist_ok=True)
+  path = output / "round.json"
+  path.write_text(json.dumps(found | about, indent=1) + "\n", "utf-8")
+  for side in ("judge", "monitor"):
+    of = found["main"][side]
+    change = of["difference"]
+    print(
+      f"{side}: drafts comply {of['draft']:.3f}, final answers"
+      f" {of['final']:.3f} ({change['mean']:+.3f}, {change['low']:+.3f} to"
+      f" {change['high']:+.3f})"
+    )
+
+
+if __name__ == "__main__":
+  main()
