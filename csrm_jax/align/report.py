@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from csrm_jax import storage
 from csrm_jax.align.evaluation import EVALUATIONS, rate
 from csrm_jax.eval.plots import BLUE, GREY, ORANGE, save, subplots
 
 LAST = 20  # updates that "stays below its limit" is judged over
+_METHODS = {
+  "start": GREY,
+  "ppo": BLUE,
+  "plain": ORANGE,
+  "shaping": "#3a8f5c",
+}
 _COLOURS = (BLUE, ORANGE, "#3a8f5c", "#8e5ea2", "#b3261e", GREY)
 
 
@@ -222,29 +229,41 @@ def curves(run: Mapping[str, Any], path: str | Path, *, title: str) -> None:
 def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
   """Reward against violations at the end of each run, with 95 % intervals.
 
-  The violation rate of several constraints is their mean. Runs of method
-  "shaping" are joined in the order of their weight.
+  One panel for the runs under the same specs, grey where they start. The
+  violation rate of several constraints is their mean. Runs of method "shaping"
+  are joined in the order of their weight.
   """
-  figure, ax = subplots(figsize=(6.0, 4.5))
+  panels: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
+  for name, run in runs.items():
+    panels.setdefault(tuple(run["constraints"]), {})[name] = run
+  width = 0.6 + 5.0 * len(panels)
+  figure, axes = subplots(
+    1, len(panels), figsize=(width, 4.5), squeeze=False, sharey=True
+  )
+  for ax, (constraints, some) in zip(axes[0], panels.items(), strict=True):
+    _points(some, ax)
+    ax.set(
+      title=", ".join(constraints), xlabel="violation rate", xlim=(-0.02, None)
+    )
+    ax.legend(fontsize=8)
+  axes[0, 0].set_ylabel("reward (helpfulness)")
+  save(figure, path)
+
+
+def _points(runs: Mapping[str, Mapping[str, Any]], ax: Axes) -> None:
   points: dict[str, list[tuple[float, ...]]] = {}
   for name, run in runs.items():
-    end, names = run["evaluations"][-1], run["constraints"]
-    low, mid, high = (
-      np.mean([end[f"violation/{c}{s}"] for c in names])
-      for s in ("_low", "", "_high")
-    )
-    half = 1.96 * end["reward_deviation"] / np.sqrt(end["responses"])
-    method = run["config"]["align"]["method"]
-    weight = run["config"]["align"]["shaping"]
-    points.setdefault(method, []).append(
-      tuple(
-        map(float, (weight, mid, end["reward"], mid - low, high - mid, half))
-      )
-    )
-    ax.annotate(name, (mid, end["reward"]), fontsize=8, xytext=(4, 4),
-                textcoords="offset points")  # fmt: skip
-  for i, (method, found) in enumerate(points.items()):
-    _, x, y, left, right, half = np.array(sorted(found)).T
+    align, names = run["config"]["align"], run["constraints"]
+    for method, evaluation, label in (
+      ("start", run["evaluations"][0], ""),
+      (align["method"], run["evaluations"][-1], name),
+    ):
+      point = _point(evaluation, names)
+      points.setdefault(method, []).append((align["shaping"], *point))
+      ax.annotate(label, point[:2], fontsize=8, xytext=(4, 4),
+                  textcoords="offset points")  # fmt: skip
+  for method, found in points.items():
+    _, x, y, left, right, half = np.array(sorted(set(found))).T
     ax.errorbar(
       x,
       y,
@@ -252,13 +271,23 @@ def front(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
       yerr=half,
       marker="o",
       ls="-" if method == "shaping" else "",
-      color=_COLOURS[i % len(_COLOURS)],
+      color=_METHODS.get(method, "#8e5ea2"),
       elinewidth=0.8,
       label=method,
     )
-  ax.set(xlabel="violation rate", ylabel="reward (helpfulness)", xlim=(0, None))
-  ax.legend(fontsize=8)
-  save(figure, path)
+
+
+def _point(
+  evaluation: Mapping[str, Any], names: Sequence[str]
+) -> tuple[float, ...]:
+  """Rate, reward; how far intervals reach below, above and around them."""
+  low, mid, high = (
+    float(np.mean([evaluation[f"violation/{c}{s}"] for c in names]))
+    for s in ("_low", "", "_high")
+  )
+  reward = evaluation["reward"]
+  half = 1.96 * evaluation["reward_deviation"] / evaluation["responses"] ** 0.5
+  return mid, reward, mid - low, high - mid, half
 
 
 def report(
