@@ -4,8 +4,6 @@ Cost: 100 updates on one CPU core, half an hour. Needs fitted weights and a
 policy that answers and refuses (docs/rules.md has the commands):
 --config.align.rules=DIR --config.model.path=DIR. The spec chooses which
 weights act: under specs/align/book_club.yaml it refuses where this answers.
-As it stands the policy learns to answer, not to refuse well: the reward is too
-large for this KL penalty (docs/decisions.md).
 """
 
 from configs import ppo_lag_smollm2
@@ -19,5 +17,11 @@ def get_config():
   c.align.method = "plain"  # violations are watched; the rules are the reward
   c.align.rbr_weight = 1.0
   c.align.rules_violation = "crosses"
-  c.align.evaluate_every = 25
+  # Rules move the reward by 17, a policy that answers and refuses need not
+  # leave its start: of what is best it says 0.15 to 0.5 (docs/decisions.md).
+  c.align.reward_scale = 0.15
+  c.align.kl = 0.3
+  c.align.critic_lr = 2e-3
+  c.optimizer.lr = 5e-4
+  c.optimizer.warmup = 0.15  # critics first
   return c
