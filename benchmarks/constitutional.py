@@ -48,8 +48,7 @@ def main() -> None:
   config = json.loads((work / "config.json").read_text("utf-8"))
   found["constitutional"] = config["align"]["constitutional"]
   about = machine.describe(("jax", "flax"))
-  for path, name in ((flags.workdir, "DIR"), (flags.output, "FOLDER")):
-    about["command"] = about["command"].replace(path, name)
+  about["command"] = about["command"].replace(flags.workdir, "DIR")
   output.mkdir(parents=True, exist_ok=True)
   path = output / "round.json"
   path.write_text(json.dumps(found | about, indent=1) + "\n", "utf-8")

@@ -3,8 +3,8 @@
 Without a critic: so small a reviser copies what it reads of critique and answer
 (docs/decisions.md). Nothing is trained. --config.align.monitor=DIR names a
 second judge, --config.align.reward=DIR the model of helpfulness; pairs.jsonl
-of the workdir is what configs/dpo_smollm2.py takes. Cost: 2 CPU cores, 20 to 30
-minutes for 224 prompts, reckoned; 4 GB of memory with all three models beside.
+of the workdir is what configs/dpo_smollm2.py takes. Cost: 38 minutes for 223
+prompts on one CPU core; 4 GB of memory with all three models beside.
 """
 
 from csrm_jax.config import default

@@ -105,12 +105,14 @@ def tasks(setup: Setup) -> list[Task]:
   """The prompts of a run, in its order: training prompts, then allowed ones."""
   config, own = setup.config, setup.config.align.constitutional
   found: list[Task] = []
-  sides = [("prompt", setup.train, own.prompts)]
+  sides = [("prompt", config.align.prompts, setup.train, own.prompts)]
   if own.allowed:
     permitted, _ = prompts.read(own.allowed, heldout=config.align.heldout)
-    sides.append(("allowed", permitted, own.allowed_prompts))
-  for name, pool, most in sides:
+    sides.append(("allowed", own.allowed, permitted, own.allowed_prompts))
+  for name, source, pool, most in sides:
     count = min(most, len(pool))
+    if count < most:
+      print(f"{source}: {count} prompts for training, all taken; wanted {most}")
     chosen = order.turn(
       len(pool), name=name, seed=config.seed, step=0, count=count
     )
