@@ -20,8 +20,9 @@ def get_config():
   # Rules move the reward by 17, a policy that answers and refuses need not
   # leave its start: of what is best it says 0.15 to 0.5 (docs/decisions.md).
   c.align.reward_scale = 0.15
-  c.align.kl = 0.3
+  c.align.kl = 0.2
   c.align.critic_lr = 2e-3
   c.optimizer.lr = 5e-4
+  c.optimizer.final_lr = 0.1
   c.optimizer.warmup = 0.15  # critics first
   return c
