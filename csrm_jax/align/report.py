@@ -260,7 +260,7 @@ def _points(runs: Mapping[str, Mapping[str, Any]], ax: Axes) -> None:
     ):
       point = _point(evaluation, names)
       points.setdefault(method, []).append((align["shaping"], *point))
-      ax.annotate(label, point[:2], fontsize=8, xytext=(4, 4),
+      ax.annotate(label, (point[0], point[1]), fontsize=8, xytext=(4, 4),
                   textcoords="offset points")  # fmt: skip
   for method, found in points.items():
     _, x, y, left, right, half = np.array(sorted(set(found))).T
