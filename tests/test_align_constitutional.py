@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from configs import constitutional_smollm2
 from csrm_jax.align import (
   constitution,
+  constitutional,
   imitation,
   offline,
   revised,
@@ -16,6 +18,7 @@ from csrm_jax.align import (
 )
 from csrm_jax.align.feedback import Constraint
 from csrm_jax.align.run import align
+from csrm_jax.align.setup import Setup
 from csrm_jax.data import contract
 from csrm_jax.spec import Spec
 from tests import tiny
@@ -274,6 +277,18 @@ def test_soft_labels_are_two_weighted_rows(tmp_path):
   path = tmp_path / "pairs.jsonl"
   path.write_text("".join(json.dumps(x) + "\n" for x in rows))
   assert list(contract.read_rows(path)) == rows
+
+
+def test_prompts_that_there_are_not_are_told(capsys):
+  config = constitutional_smollm2.get_config()
+  pool = [[{"role": "user", "content": f"{i}?"}] for i in range(7)]
+  nothing = dict.fromkeys(Setup._fields)
+  setup = Setup(**nothing | {"config": config, "train": pool})
+  found = constitutional.tasks(setup)
+  assert [task.allowed for task in found] == [False] * 7 + [True] * 24
+  said = capsys.readouterr().out
+  assert said.endswith(": 7 prompts for training, all taken; wanted 200\n")
+  assert said.count("wanted") == 1  # of the permitted ones there are enough
 
 
 # -- A run ---------------------------------------------------------------------
