@@ -20,6 +20,9 @@ from csrm_jax.align import evaluation, feedback, rule_reward
 from csrm_jax.config import default
 from csrm_jax.judge import SHIPPED, load
 
+# Of the run's configuration: what grades.
+_KEPT = ("judge", "judge_dtype", "rules", "rules_grader", "rules_violation")
+
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -32,9 +35,8 @@ def main() -> None:
     said = evaluation.responses(flags.workdir)
     config = default()
     kept = json.loads((flags.workdir / "config.json").read_text("utf-8"))
-    for key in ("judge", "judge_dtype", "rules", "rules_grader"):
+    for key in _KEPT:
       config.align[key] = kept["align"][key]
-    config.align.rules_violation = kept["align"]["rules_violation"]
     judge = load(config.align.judge or str(SHIPPED))
     judge = judge.computing(config.align.judge_dtype)
     for file in flags.specs.split(","):

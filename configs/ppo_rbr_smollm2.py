@@ -17,7 +17,7 @@ def get_config():
   c.align.method = "plain"  # violations are watched; the rules are the reward
   c.align.rbr_weight = 1.0
   c.align.rules_violation = "crosses"
-  # Rules move the reward by 17, a policy that answers and refuses need not
+  # Rules give -17 to 13, and a policy that answers and refuses need not
   # leave its start: of what is best it says 0.15 to 0.5 (docs/decisions.md).
   c.align.reward_scale = 0.15
   c.align.kl = 0.2
