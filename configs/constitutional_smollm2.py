@@ -3,7 +3,7 @@
 Without a critic: so small a reviser copies what it reads of critique and answer
 (docs/decisions.md). Nothing is trained. --config.align.monitor=DIR names a
 second judge, --config.align.reward=DIR the model of helpfulness; pairs.jsonl
-of the workdir is what configs/dpo_smollm2.py takes. Cost: 38 minutes for 223
+of the workdir is what configs/dpo_smollm2.py takes. Cost: 38 minutes for 224
 prompts on one CPU core; 4 GB of memory with all three models beside.
 """
 
@@ -18,7 +18,7 @@ def get_config():
   c.align.prompts = (
     "synthetic/medical_dosage,weight_loss_diets,investment_tips,gambling,"
     "refund_promises,discounts_haggling,legal_advice,landlord_disputes,alcohol,"
-    "tobacco_vaping,homework_answers,competitor_names"
+    "tobacco_vaping,homework_answers,competitor_names,visa_immigration"
   )
   c.align.prompts_per_step = 8
   c.align.prompt_length = 64
