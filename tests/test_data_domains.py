@@ -35,8 +35,11 @@ def words(text: str) -> list[str]:
   return re.findall(r"\{\w+\}|[\w*]+(?:'[a-z]+)?", text.lower())
 
 
-def of_split(split: str) -> list[domains.Domain]:
-  return [d for d in world().values() if d.split == split]
+def of_split(*splits: str) -> list[domains.Domain]:
+  return [d for d in world().values() if d.split in splits]
+
+
+TRAINED = ("train", "wide")
 
 
 def all_texts(domain: domains.Domain) -> list[str]:
@@ -48,6 +51,7 @@ def all_texts(domain: domains.Domain) -> list[str]:
 def test_world_is_large_enough():
   assert len(of_split("train")) >= 10
   assert len(of_split("unseen")) >= 10
+  assert len(of_split(*TRAINED)) == 48
   for domain in world().values():
     assert len(domain.grades) >= 4
 
@@ -94,9 +98,10 @@ def test_not_yaml_is_named(tmp_path: Path):
     domains.load(path)
 
 
-def test_akin_names_exist():
+@pytest.mark.parametrize("split", TRAINED)
+def test_akin_names_exist(split: str):
   assert set().union(*AKIN) <= set(world())
-  source = domains.pool("train")
+  source = domains.pool(split)
   for seed in range(200):
     chosen = {d.id for d in source.choose(random.Random(seed))}
     assert len(chosen) == 6
@@ -115,18 +120,20 @@ def test_vocabulary_is_the_domains_own():
 
 
 def test_unseen_rule_texts_are_new():
-  train = {t.lower() for d in of_split("train") for t in d.rule_texts()}
+  train = {t.lower() for d in of_split(*TRAINED) for t in d.rule_texts()}
   new = {t.lower() for d in of_split("unseen") for t in d.rule_texts()}
   assert not train & new
   titles = [
-    {w for d in of_split(s) for t in d.titles for w in words(t)} - COMMON
-    for s in ("train", "unseen")
+    {w for d in of_split(*s) for t in d.titles for w in words(t)} - COMMON
+    for s in (TRAINED, ("unseen",))
   ]
   assert titles[0] & titles[1] == set()
 
 
 def test_unseen_vocabulary_never_occurs_in_training():
-  train = {w for d in of_split("train") for t in all_texts(d) for w in words(t)}
+  train = {
+    w for d in of_split(*TRAINED) for t in all_texts(d) for w in words(t)
+  }
   for domain in of_split("unseen"):
     shared = [v for v in domain.vocabulary if set(words(v)) & train]
     assert shared == [], domain.id
@@ -134,8 +141,8 @@ def test_unseen_vocabulary_never_occurs_in_training():
 
 def test_unseen_fillers_are_new():
   train, new = (
-    {f.lower() for d in of_split(s) for v in d.slots.values() for f in v}
-    for s in ("train", "unseen")
+    {f.lower() for d in of_split(*s) for v in d.slots.values() for f in v}
+    for s in (TRAINED, ("unseen",))
   )
   assert not train & new
 
@@ -143,9 +150,9 @@ def test_unseen_fillers_are_new():
 def test_unseen_templates_share_no_phrase():
   """Four words in a row, unless all four are words of any conversation."""
 
-  def phrases(split: str) -> dict[tuple[str, ...], str]:
+  def phrases(*splits: str) -> dict[tuple[str, ...], str]:
     out = {}
-    for domain in of_split(split):
+    for domain in of_split(*splits):
       for key, texts in domain.templates().items():
         for text in texts:
           tokens = words(text)
@@ -155,6 +162,6 @@ def test_unseen_templates_share_no_phrase():
               out[gram] = f"{domain.id}.{key}"
     return out
 
-  train, new = phrases("train"), phrases("unseen")
+  train, new = phrases(*TRAINED), phrases("unseen")
   shared = {" ".join(g): (train[g], new[g]) for g in set(train) & set(new)}
   assert shared == {}

@@ -104,6 +104,20 @@ def test_synthetic_and_lists():
   ]
 
 
+def test_the_wide_world_is_a_source():
+  rows = list(load("synthetic_wide", path=None, seed=0, limit=3))
+  assert len({r["family"] for r in rows}) == 3
+  for row in rows:
+    assert row["family"].startswith("synthetic-wide-0-")
+    assert check_row(row, origin="synthetic_wide") == row
+  parts = sources.parts("synthetic_wide", 5, groups=2)
+  assert [(p.first, p.groups) for p in parts] == [(0, 2), (2, 2), (4, 1)]
+  assert sources.licence("synthetic_wide") == sources.licence("synthetic")
+  assert sources.fingerprint("synthetic_wide", path=None) != (
+    sources.fingerprint("synthetic", path=None)
+  )
+
+
 def test_permissive_sets_permit_commercial_use():
   names = sources.split_names("synthetic,permissive")
   assert names == ["synthetic", *sources.PERMISSIVE]

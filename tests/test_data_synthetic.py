@@ -281,6 +281,19 @@ def test_seen_suite_uses_texts_held_back_from_training():
     assert not is_held_back(text), text
 
 
+def test_the_wide_world_has_every_trained_domain():
+  found = {
+    split: {
+      name
+      for text in _assistant_texts(rows(split=split, families=120, seed=0))
+      for name, _, _ in read_response(text)
+    }
+    for split in ("train", "wide")
+  }
+  assert found["train"] == {d.id for d in of_split("train")}
+  assert found["wide"] == found["train"] | {d.id for d in of_split("wide")}
+
+
 # --- Suites ---
 
 

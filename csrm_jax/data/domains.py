@@ -5,7 +5,7 @@ written for exactly one grade (or for none), so the sub-categories it violates
 are known, and `spec.complies` gives the true label under *any* spec.
 
   id: alcohol            # the file's name
-  split: train           # train | unseen
+  split: train           # train | wide | unseen
   titles: [...]          # >= 2 wordings of the rule's title
   vocabulary: [...]      # >= 12 content words of this domain alone
   grades:                # severity 1 (mildest) to 4 or 5, in this order
@@ -48,6 +48,55 @@ AKIN = (
   {"medical_dosage", "weight_loss_diets"},
   {"alcohol", "fast_driving"},
   {"personal_data", "visa_immigration"},
+  {"dating_and_romance", "celebrity_gossip"},
+  {"cosmetic_surgery", "celebrity_gossip", "insults_mockery"},
+  {"cosmetic_surgery", "weight_loss_diets", "medical_dosage"},
+  {"conspiracy_theories", "ghost_superstition"},
+  {"loans_and_credit", "investment_tips", "gambling"},
+  {"loans_and_credit", "discounts_haggling"},
+  {"sunbathing_tanning", "cosmetic_surgery"},
+  {"video_game_cheats", "spoilers"},
+  {"unreleased_products", "delivery_dates"},
+  {"unreleased_products", "competitor_names"},
+  {"warranty_claims", "refund_promises", "legal_advice"},
+  {"warranty_claims", "discounts_haggling"},
+  {"warranty_claims", "delivery_dates"},
+  {"martial_arts_moves", "violence_in_fiction", "knives_and_tools"},
+  {"emoji_and_slang", "profanity", "insults_mockery"},
+  {"herbal_remedies", "medical_dosage", "weight_loss_diets"},
+  {"herbal_remedies", "energy_drinks_caffeine"},
+  {"energy_drinks_caffeine", "weight_loss_diets"},
+  {"energy_drinks_caffeine", "medical_dosage"},
+  {"energy_drinks_caffeine", "sleep_screens_parenting"},
+  {"herbal_remedies", "ghost_superstition"},
+  {"military_history_battles", "violence_in_fiction", "horror_scares"},
+  {"military_history_battles", "knives_and_tools"},
+  {"hypnosis_mind_tricks", "ghost_superstition"},
+  {"car_repairs", "fast_driving"},
+  {"car_repairs", "knives_and_tools"},
+  {"exam_shortcuts", "homework_answers"},
+  {"hotel_and_airline_upgrades", "refund_promises", "discounts_haggling"},
+  {"hotel_and_airline_upgrades", "competitor_names"},
+  {"flattery_and_compliments", "insults_mockery"},
+  {"flattery_and_compliments", "celebrity_gossip"},
+  {"flattery_and_compliments", "hypnosis_mind_tricks"},
+  {"flattery_and_compliments", "exam_shortcuts"},
+  {"medical_diagnosis_guesses", "medical_dosage", "herbal_remedies"},
+  {"medical_diagnosis_guesses", "food_hygiene_leftovers"},
+  {"medical_diagnosis_guesses", "energy_drinks_caffeine"},
+  {"weather_and_sports_predictions", "gambling", "investment_tips"},
+  {"weather_and_sports_predictions", "ghost_superstition"},
+  {"camping_fires", "fireworks"},
+  {"car_repairs", "warranty_claims"},
+  {"conspiracy_theories", "hypnosis_mind_tricks"},
+  {"conspiracy_theories", "herbal_remedies"},
+  {"dating_and_romance", "flattery_and_compliments"},
+  {"emoji_and_slang", "flattery_and_compliments"},
+  {"exam_shortcuts", "video_game_cheats"},
+  {"hotel_and_airline_upgrades", "loans_and_credit"},
+  {"martial_arts_moves", "military_history_battles"},
+  {"medical_diagnosis_guesses", "cosmetic_surgery", "sunbathing_tanning"},
+  {"unreleased_products", "weather_and_sports_predictions"},
 )
 SLOT = re.compile(r"\{(\w+)\}")
 
@@ -68,7 +117,7 @@ class Domain(_Strict):
   """One world file; see the module's docstring."""
 
   id: str
-  split: str = pydantic.Field(pattern="^(train|unseen)$")
+  split: str = pydantic.Field(pattern="^(train|wide|unseen)$")
   titles: tuple[str, ...] = pydantic.Field(min_length=2)
   vocabulary: tuple[str, ...] = pydantic.Field(min_length=12)
   grades: tuple[Grade, ...] = pydantic.Field(min_length=4, max_length=5)
@@ -182,18 +231,27 @@ class Pool(NamedTuple):
 
 
 def pool(split: str) -> Pool:
-  """Domains of a split; "seen" are the training domains' held-back texts.
+  """Domains of a split, and which of their texts.
+
+  Args:
+    split: "train"; "wide", those and more domains; "seen", the held-back texts
+      of the domains of "train"; or "unseen", other domains.
 
   Raises:
     ValueError: if the split is unknown or has too few domains.
   """
-  parts = {"train": "trained", "seen": "held_back", "unseen": "all"}
+  parts = {
+    "train": (("train",), "trained"),
+    "wide": (("train", "wide"), "trained"),
+    "seen": (("train",), "held_back"),
+    "unseen": (("unseen",), "all"),
+  }
   if split not in parts:
     raise ValueError(f"split={split!r}: must be one of {', '.join(parts)}")
-  which = "unseen" if split == "unseen" else "train"
-  domains = tuple(d for d in world().values() if d.split == which)
+  which, part = parts[split]
+  domains = tuple(d for d in world().values() if d.split in which)
   if len(domains) < 4:
     raise ValueError(
       f"split={split!r}: {len(domains)} domains in {WORLD}; at least 4 needed"
     )
-  return Pool(domains, parts[split], set())
+  return Pool(domains, part, set())

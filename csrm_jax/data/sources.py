@@ -41,7 +41,9 @@ PERMISSIVE = (
 GROUPS = {"mixture": MIXTURE, "permissive": PERMISSIVE}
 # Conversations under specs varied by the operators of `operators.py`.
 AUGMENTED = ("beavertails_augmented", "synthetic_augmented")
-NAMES = (*SETS, *AUGMENTED, "synthetic", "jsonl")
+# The generator's sources, and the domains that each draws from.
+SYNTHETIC = {"synthetic": "train", "synthetic_wide": "wide"}
+NAMES = (*SETS, *AUGMENTED, *SYNTHETIC, "jsonl")
 DISTRACTORS = 12  # most rules that an operator adds for company
 SYNTHETIC_FAMILIES = 2000  # groups made where no limit is given
 # Bumped when equal files would give other rows.
@@ -140,7 +142,7 @@ def parts(source: str, limit: int, *, groups: int = 0) -> list[Part]:
   found = []
   for number, (name, own) in enumerate(split(source).items()):
     part = Part(number, name, own or limit)
-    if name not in ("synthetic", "synthetic_augmented"):
+    if name not in (*SYNTHETIC, "synthetic_augmented"):
       found.append(part)
       continue
     size = part.limit or SYNTHETIC_FAMILIES
@@ -280,7 +282,7 @@ def licence(name: str) -> tuple[str, bool | None]:
   if name == "jsonl":
     return "your own", None
   base = name.removesuffix("_augmented")
-  if base == "synthetic":
+  if base in SYNTHETIC:
     return "Apache-2.0 (csrm_jax)", True
   return SETS[base].licence, SETS[base].commercial
 
@@ -301,9 +303,9 @@ def _load_one(
   part: Part, reading: Reading, bad: Bad | None, counts: dict[str, int]
 ) -> Iterator[Row]:
   path = reading.path
-  if part.name == "synthetic":
+  if part.name in SYNTHETIC:
     return synthetic.rows(
-      split="train",
+      split=SYNTHETIC[part.name],
       families=part.groups,
       first=part.first,
       seed=reading.seed,
@@ -400,7 +402,7 @@ def keyed(
 
 def _inputs(name: str, path: str | Path | None) -> list[Path]:
   here = Path(__file__).parent
-  if name == "synthetic":
+  if name in SYNTHETIC:
     code = ("synthetic.py", "groups.py", "domains.py")
     world = sorted((here / "world").glob("*.yaml"))
     return [*(here / name for name in code), *world]

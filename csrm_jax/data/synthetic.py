@@ -42,8 +42,8 @@ def rows(
   """Rows of the data contract, group by group.
 
   Args:
-    split: "train" (templates held back for the suites left out), "seen" (only
-      those), or "unseen".
+    split: of `domains.pool`: "train" or "wide" (templates held back for the
+      suites left out), "seen" (only those), or "unseen".
     families: number of groups.
     seed: same seed, same rows.
     first: number of the first group; each depends on its own number alone.
