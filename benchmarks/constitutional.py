@@ -11,15 +11,13 @@ command, versions and machine. No text of any answer.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import machine
 
 from csrm_jax.align.revised import REPORT
 
-ROOT = Path(__file__).parent.parent
+ROOT = machine.ROOT
 REWARD = "models/smollm2-135m-helpfulness"
 
 
@@ -32,23 +30,20 @@ def main() -> None:
     "--change", action="append", default=[], help="KEY=VALUE of the config"
   )
   flags = parser.parse_args()
-  command = [
-    sys.executable,
-    str(ROOT / "launch" / "align.py"),
+  machine.launch(
+    "align.py",
     f"--config={ROOT / 'configs' / 'constitutional_smollm2.py'}",
     f"--config.align.reward={ROOT / REWARD}",
     f"--config.align.monitor={flags.monitor}",
     *(f"--config.{change}" for change in flags.change),
     f"--workdir={flags.workdir}",
-  ]
-  subprocess.run(command, check=True)
+  )
   work, output = Path(flags.workdir), Path(flags.output)
   found = json.loads((work / REPORT).read_text("utf-8"))
   found["monitor"] = Path(flags.monitor).name
   config = json.loads((work / "config.json").read_text("utf-8"))
   found["constitutional"] = config["align"]["constitutional"]
-  about = machine.describe(("jax", "flax"))
-  about["command"] = about["command"].replace(flags.workdir, "DIR")
+  about = machine.describe(("jax", "flax"), {flags.workdir: "DIR"})
   output.mkdir(parents=True, exist_ok=True)
   path = output / "round.json"
   path.write_text(json.dumps(found | about, indent=1) + "\n", "utf-8")

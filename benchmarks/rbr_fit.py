@@ -11,14 +11,11 @@ how good the grader is; weights.png and rewards.png are copied.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import machine
 
-ROOT = Path(__file__).parent.parent
 REWARD = "models/smollm2-135m-helpfulness"
 
 
@@ -37,7 +34,7 @@ def main() -> None:
       [
         f"--input={composed}",
         f"--grader=trained:{composed}",
-        f"--reward={ROOT / REWARD}",
+        f"--reward={machine.ROOT / REWARD}",
         f"--dtype={flags.dtype}",
         f"--output={graded}",
       ],
@@ -49,15 +46,15 @@ def main() -> None:
     if made.is_file() and name != "fit":
       continue
     began = time.perf_counter()
-    command = [sys.executable, str(ROOT / "launch" / "rules.py"), name]
-    subprocess.run([*command, *options], check=True)
+    machine.launch("rules.py", name, *options)
     seconds[name] = round(time.perf_counter() - began, 1)
   output.mkdir(parents=True, exist_ok=True)
   for plot in ("weights.png", "rewards.png"):
     shutil.copy(work / plot, output / plot)
-  about = machine.describe(("jax", "flax", "optax", "scikit-learn"))
-  for path, name in ((flags.workdir, "DIR"), (flags.output, "FOLDER")):
-    about["command"] = about["command"].replace(path, name)
+  about = machine.describe(
+    ("jax", "flax", "optax", "scikit-learn"),
+    {flags.workdir: "DIR", flags.output: "FOLDER"},
+  )
   told = json.loads((work / "rules.json").read_text("utf-8"))["report"]
   grader = json.loads(graded.with_suffix(".report.json").read_text("utf-8"))
   found = {"fit": told, "grader": grader, "seconds": seconds} | about

@@ -112,8 +112,7 @@ def main() -> None:
         f" {seconds:.0f} s"
       )
       output.parent.mkdir(parents=True, exist_ok=True)
-      about = machine.describe(("jax", "scikit-learn"))
-      about["command"] = about["command"].replace(flags.data, "DATA")
+      about = machine.describe(("jax", "scikit-learn"), {flags.data: "DATA"})
       content = about | {"graders": found}
       output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 

@@ -479,11 +479,11 @@ def _lines(
   return lines
 
 
-def peak_memory_gib() -> float:
-  """Largest resident size of this process so far."""
+def peak_memory_gib(whose: int = resource.RUSAGE_SELF) -> float:
+  """Largest resident size of this process so far, or of one it waited for."""
   # Linux counts KiB, macOS bytes.
   unit = 1 if os.uname().sysname == "Darwin" else 1024
-  usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  usage = resource.getrusage(whose).ru_maxrss
   return usage * unit / 2**30
 
 
