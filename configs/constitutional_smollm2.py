@@ -3,7 +3,7 @@
 Without a critic: so small a reviser copies what it reads of critique and answer
 (docs/decisions.md). Nothing is trained. --config.align.monitor=DIR names a
 second judge, --config.align.reward=DIR the model of helpfulness; pairs.jsonl
-of the workdir is what configs/dpo_smollm2.py takes. Cost: 38 minutes for 224
+of the workdir is what configs/dpo_smollm2.py takes. Cost: 35 minutes for 224
 prompts on one CPU core; 4 GB of memory with all three models beside.
 """
 
