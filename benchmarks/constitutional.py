@@ -17,7 +17,6 @@ import machine
 
 from csrm_jax.align.revised import REPORT
 
-ROOT = machine.ROOT
 REWARD = "models/smollm2-135m-helpfulness"
 
 
@@ -32,8 +31,8 @@ def main() -> None:
   flags = parser.parse_args()
   machine.launch(
     "align.py",
-    f"--config={ROOT / 'configs' / 'constitutional_smollm2.py'}",
-    f"--config.align.reward={ROOT / REWARD}",
+    f"--config={machine.ROOT / 'configs' / 'constitutional_smollm2.py'}",
+    f"--config.align.reward={machine.ROOT / REWARD}",
     f"--config.align.monitor={flags.monitor}",
     *(f"--config.{change}" for change in flags.change),
     f"--workdir={flags.workdir}",
