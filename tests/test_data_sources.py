@@ -139,7 +139,9 @@ def test_permissive_sets_permit_commercial_use():
 
 def test_permissive_reads_no_file_that_others_are_evaluated_on(staged):
   """Neither the official test part of rbr_gold, nor a prompt of XSTest."""
-  made = list(load("harmbench_responses", path=staged, seed=0))
+  made = []
+  for name in ("harmbench_responses", "answering"):
+    made += load(name, path=staged, seed=0)
   file = find(staged, "xstest", "xstest_completions/completions.jsonl.gz")
   xstest = {hash_family(raw["prompt"]) for raw in objects(file, ("prompt",))}
   assert made and xstest and not xstest & {row["family"] for row in made}
