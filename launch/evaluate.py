@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def write_report(flags: argparse.Namespace) -> None:
-  from csrm_jax.eval import run
+  from csrm_jax.eval import output, run
 
   report = run.evaluate(
     flags.model,
@@ -105,7 +105,7 @@ def write_report(flags: argparse.Namespace) -> None:
     bootstrap=flags.bootstrap,
     seed=flags.seed,
   )
-  print(run.table(report))
+  print(output.table(report))
   print(f"wrote {flags.output}")
 
 

@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from csrm_jax import metrics
 from csrm_jax.data import synthetic
-from csrm_jax.eval import run, suites
+from csrm_jax.eval import output, run, suites
 from tests import tiny
 
 SUITE = "synthetic_unseen"
@@ -68,7 +68,7 @@ def test_report_has_the_agreed_keys(evaluated):
     "tfidf",
   ]
   for judge in suite["judges"].values():
-    assert set(run.METRICS) <= set(judge)
+    assert set(output.METRICS) <= set(judge)
     for name, (low, high) in judge["intervals"].items():
       assert low <= high
       if name != "smece":  # biased upwards by resampling, as ECE is
@@ -124,11 +124,11 @@ def test_judges_rank_as_they_should(evaluated):
 
 
 def test_table_shows_every_judge_and_metric(evaluated):
-  text = run.table(evaluated[0])
+  text = output.table(evaluated[0])
   assert SUITE in text and "majority F1" in text
   for name, judge in evaluated[0]["suites"][SUITE]["judges"].items():
     (line,) = (x for x in text.splitlines() if x.startswith(name))
-    assert len(line.split()) == 1 + len(run.METRICS)
+    assert len(line.split()) == 1 + len(output.METRICS)
     assert f"{judge['auroc']:.3f}" in line
 
 
@@ -167,7 +167,7 @@ def test_pairs_alone_give_preference_accuracy_alone(tmp_path):
   assert suite["judges"]["csrm"]["preference_accuracy"] == 0.5
   assert suite["judges"]["csrm"]["pairs_without_answer"] == 1
   assert "auroc" not in suite["judges"]["csrm"]
-  assert "pref_acc" in run.table(report)
+  assert "pref_acc" in output.table(report)
 
 
 def test_protocols_cuts_and_lengths_are_in_the_report(tmp_path):
@@ -278,7 +278,7 @@ def test_probes_of_a_suite_by_name_and_by_file(of_file, tmp_path):
   assert (tmp_path / "out" / stem / "sensitivity.png").is_file()
   page = (tmp_path / "out" / "report.html").read_text()
   assert f"Failure checks: {name}, csrm" in page
-  assert f"failure checks: {name}, always_safe" in run.table(report)
+  assert f"failure checks: {name}, always_safe" in output.table(report)
   beside = (tmp_path / "out" / "probes.md").read_text().splitlines()
   flips = {j: r["flips"] for j, r in report["sensitivity"][name].items()}
   line = next(x for x in beside if x.startswith("| verdicts that follow"))
