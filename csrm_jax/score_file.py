@@ -1,6 +1,5 @@
 """A file of conversations to a file of scores, in JSON lines."""
 
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +62,7 @@ def score_file(
     need_label=False,
     need_spec=spec is None,
   )
+  lines = contract.line_numbers(Path(source))
   ids, items = [], []
   for row in rows:
     if spec is not None:
@@ -72,7 +72,7 @@ def score_file(
         judge, row, turns=turns, max_tokens=max_tokens, helpfulness=helpfulness
       )
     except ValueError as error:
-      line = _line_of(Path(source), counts["rows_read"])
+      line = lines[counts["rows_read"] - 1]
       reason = f"{source}:{line}: field 'messages': {error}"
       if on_bad_row == "stop":
         raise ValueError(reason) from error
@@ -118,10 +118,3 @@ def _write_lines(path: AnyPath, lines: Sequence[Mapping[str, Any]]) -> None:
   with storage.naming(path), path.open("wb") as out:
     for line in lines:
       out.write((json.dumps(line) + "\n").encode())
-
-
-def _line_of(path: Path, n: int) -> int:
-  """Number of the n-th line that is not blank."""
-  with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-    filled = [number for number, raw in enumerate(file, 1) if raw.strip()]
-  return filled[n - 1]

@@ -71,6 +71,13 @@ def main() -> None:
   parser.add_argument(
     "--seed", type=int, default=0, help="of synthetic suites and resamples"
   )
+  parser.add_argument(
+    "--on_bad_row",
+    choices=("stop", "quarantine"),
+    default="stop",
+    help="quarantine: bad rows of a .jsonl suite go to OUTPUT.quarantine.jsonl,"
+    " the others are judged",
+  )
   for name, (kind, meaning) in hosts.FLAGS.items():
     parser.add_argument(f"--{name}", type=kind, help=meaning)
   flags = parser.parse_args()
@@ -104,8 +111,12 @@ def write_report(flags: argparse.Namespace) -> None:
     probe=flags.probe,
     bootstrap=flags.bootstrap,
     seed=flags.seed,
+    on_bad_row=flags.on_bad_row,
   )
   print(output.table(report))
+  if flags.on_bad_row == "quarantine":
+    bad = sum(s.get("quarantined", 0) for s in report["suites"].values())
+    print(f"{bad} bad rows put aside in {flags.output}.quarantine.jsonl")
   print(f"wrote {flags.output}")
 
 

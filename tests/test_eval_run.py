@@ -326,3 +326,60 @@ def test_command_exits_2_without_a_traceback(flags, words, tmp_path):
   assert "Traceback" not in done.stderr
   for word in words:
     assert word in done.stderr
+
+
+def test_bad_rows_of_a_file_stop_or_are_put_aside(tmp_path):
+  judge = tiny.judge()
+  model = tiny.write_workdir(tmp_path / "judge", judge)
+  context = judge.context
+  rows = list(synthetic.suite(SUITE, size=SIZE))[:6]
+  rows = [{k: v for k, v in r.items() if k != "base"} for r in rows]
+  long = {"role": "assistant", "content": "so " * context}
+  rows[1] |= {"messages": [*rows[1]["messages"][:-1], long]}
+  rows[3] |= {"label": 7}
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  script = Path(__file__).parent.parent / "launch" / "evaluate.py"
+
+  def launch(*flags):
+    return subprocess.run(
+      [
+        sys.executable,
+        str(script),
+        f"--model={model}",
+        f"--suite={path}",
+        f"--output={tmp_path}/out/report.json",
+        "--judges=csrm,always_unsafe",
+        "--bootstrap=0",
+        *flags,
+      ],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  done = launch()
+  assert done.returncode == 2
+  assert f"{path}:2: field 'messages': " in done.stderr
+  assert "Traceback" not in done.stderr
+  assert not (tmp_path / "out").exists()
+
+  done = launch("--on_bad_row=quarantine")
+  assert done.returncode == 0, done.stderr
+  assert "2 bad rows put aside in" in done.stdout
+  suite = json.loads((tmp_path / "out" / "report.json").read_text())["suites"]
+  assert (suite[str(path)]["rows"], suite[str(path)]["quarantined"]) == (4, 2)
+  aside = tmp_path / "out" / "report.json.quarantine.jsonl"
+  found = [json.loads(line) for line in aside.read_text().splitlines()]
+  assert [(e["suite"], e["line"]) for e in found] == [
+    (str(path), 2),
+    (str(path), 4),
+  ]
+  assert [e["row"] for e in found] == [rows[1], rows[3]]
+
+
+def test_rows_are_put_aside_only_beside_a_report():
+  with pytest.raises(ValueError, match="without a place for the rows"):
+    run.evaluate(knowing(1.0), SUITE, on_bad_row="quarantine")
+  with pytest.raises(ValueError, match="must be 'stop' or 'quarantine'"):
+    run.evaluate(knowing(1.0), SUITE, on_bad_row="skip")

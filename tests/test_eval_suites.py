@@ -109,6 +109,53 @@ def test_a_bad_row_names_file_line_and_field(tmp_path):
     suites.read(name)
 
 
+LONG = label("long", 0.0)
+BAD = [
+  (LONG, "field 'messages': too long"),
+  (label("orphan", 1.0, base="long"), "field 'base': 'long' names no other"),
+  (label("child", 1.0, base="orphan"), "field 'base': 'orphan' names no"),
+  ("{broken", "not JSON"),
+  (label("self", 0.0, base="self"), "field 'base': 'self' names no other"),
+]
+
+
+def fits(row):
+  if row["id"] == "long":
+    raise ValueError("too long")
+
+
+@pytest.mark.parametrize(("bad", "problem"), BAD)
+def test_the_first_bad_row_stops(bad, problem, tmp_path):
+  path = tmp_path / "rows.jsonl"
+  rows = [ROWS[0], bad, ROWS[1]]
+  text = (r if isinstance(r, str) else json.dumps(r) for r in rows)
+  path.write_text("\n\n".join(text))
+  with pytest.raises(ValueError, match=rf"rows\.jsonl:3: {problem}"):
+    suites.read(str(path), fits=fits)
+
+
+def test_bad_rows_are_put_aside_and_those_that_rest_on_them(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  rows = [*reversed(BAD), *((row, "") for row in ROWS)]
+  text = (r if isinstance(r, str) else json.dumps(r) for r, _ in rows)
+  path.write_text("\n".join(text))
+  aside = []
+
+  suite = suites.read(str(path), fits=fits, aside=aside)
+
+  assert suite == suites.flatten(str(path), ROWS)
+  assert [entry["line"] for entry in aside] == [1, 2, 3, 4, 5]
+  for entry, (row, problem) in zip(aside, rows, strict=False):
+    assert entry["row"] == row
+    assert entry["reason"].startswith(f"{path}:{entry['line']}: {problem}")
+
+
+def test_a_file_of_bad_rows_alone_is_no_suite(tmp_path):
+  name = write(tmp_path / "rows.jsonl", [LONG, label("b", 2.0)])
+  with pytest.raises(ValueError, match=r"all 2 rows are bad; .*jsonl:1: .*too"):
+    suites.read(name, fits=fits, aside=[])
+
+
 @pytest.mark.parametrize(
   ("name", "message"),
   [

@@ -292,6 +292,11 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     ) from None
 
 
+def line_numbers(path: Path) -> list[int]:
+  """Of the lines that are not blank: where the n-th row of a file stands."""
+  return [number for number, _ in raw_lines(path)]
+
+
 def parse_line(raw: bytes, origin: str) -> Any:
   try:
     return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)

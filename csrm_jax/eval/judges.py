@@ -89,6 +89,14 @@ def csrm(loaded: Loaded, *, cut: Counter[str] | None = None) -> Judge:
   return judge
 
 
+def check_row(loaded: Loaded, row: Row) -> None:
+  """Raises ValueError for a row whose response does not fit the context."""
+  if row.get("spec") is not None:
+    score.encode_row(loaded, row)
+  elif loaded.has_helpfulness:
+    template.fit_to(loaded.tokenizer, row["messages"], None, loaded.context)
+
+
 def always_unsafe(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
   """Everything violates: what F1 has to be read against."""
   return baselines.constant(ALWAYS_UNSAFE)(rows)

@@ -5,7 +5,7 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +47,14 @@ class Model(NamedTuple):
     facts: what the report says of it: fingerprints, temperature.
     temperature: that the log-odds were divided by.
     cut: counts the rows that it shortened to its context.
+    fits: raises ValueError for a row that it cannot read.
   """
 
   judge: Judge
   facts: dict[str, Any]
   temperature: float
   cut: collections.Counter[str]
+  fits: Callable[[Row], object] = lambda row: None
 
 
 def evaluate(
@@ -68,6 +70,7 @@ def evaluate(
   probe: int = 0,
   bootstrap: int = 500,
   seed: int = 0,
+  on_bad_row: str = "stop",
 ) -> dict[str, Any]:
   """Judges suites with a model and its baselines.
 
@@ -91,6 +94,9 @@ def evaluate(
       checks of every judge; 0: neither is made.
     bootstrap: resamples of conversation families for the 95 % intervals.
     seed: of synthetic suites, of the shuffled specs and of the resamples.
+    on_bad_row: of suites that are files. "stop" raises at the first bad row,
+      "quarantine" writes bad rows to OUTPUT.quarantine.jsonl and judges the
+      others.
 
   Returns:
     The report, as written.
@@ -105,12 +111,24 @@ def evaluate(
     writing.check(output)
   suite_names = suites.names(suite_names)
   _check_judges(judge_names)
+  _check_bad_row(on_bad_row, output)
   folder = None if callable(model) else recipes.here(model)
+  # A wrong suite is told before a model is opened.
+  opened = functools.cache(lambda: open_model(model))
+  aside: dict[str, list[dict[str, Any]]] = {name: [] for name in suite_names}
   loaded = [
-    suites.read(name, data=data, model=folder, rows=rows, seed=seed)
+    suites.read(
+      name,
+      data=data,
+      model=folder,
+      rows=rows,
+      seed=seed,
+      fits=lambda row: opened().fits(row),
+      aside=aside[name] if on_bad_row == "quarantine" else None,
+    )
     for name in suite_names
   ]
-  entry = open_model(model)
+  entry = opened()
   asked = entry._replace(judge=protocols.under(entry.judge, protocol))
   panel, notes = _panel(asked, judge_names, folder, train_rows, loaded, seed)
   for name in panel.keys() - OURS:
@@ -167,6 +185,9 @@ def evaluate(
     report["suites"][suite.name] = described
     if probe:
       _probe(report, suite, panel, probe, rows, bootstrap, seed)
+    if bad := aside[suite.name]:
+      described["quarantined"] = len(bad)
+      notes.append(f"{suite.name}: {len(bad)} bad rows put aside")
     if suite.note:
       notes.append(f"{suite.name}: {suite.note}")
   by_name = {suite.name: suite for suite in loaded}
@@ -179,6 +200,8 @@ def evaluate(
     report["notes"] = [*report.get("notes", []), *notes]
   if output is not None:
     with storage.naming(output), storage.writing_beside(output) as local:
+      if on_bad_row == "quarantine":
+        writing.write_aside(local, aside)
       writing.write(local, report, lines, scored, folder)
   return report
 
@@ -202,7 +225,24 @@ def open_model(model: str | AnyPath | Judge) -> Model:
     total["rows"] += sum(cut[key_of(row)] for row in rows)
     return odds
 
-  return Model(judge, facts, loaded.temperature, total)
+  return Model(
+    judge,
+    facts,
+    loaded.temperature,
+    total,
+    functools.partial(judging.check_row, loaded),
+  )
+
+
+def _check_bad_row(on_bad_row: str, output: AnyPath | None) -> None:
+  if on_bad_row not in ("stop", "quarantine"):
+    raise ValueError(
+      f"on_bad_row: {on_bad_row!r}; must be 'stop' or 'quarantine'"
+    )
+  if on_bad_row == "quarantine" and output is None:
+    raise ValueError(
+      "on_bad_row 'quarantine' without a place for the rows; pass output="
+    )
 
 
 def _check_judges(names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Suites: named or filed contract rows, flattened to sequences and pairs."""
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,16 +142,20 @@ def _flips(
       continue
     base = labelled.get(row["base"])
     if base is None or base == at:
-      raise ValueError(
-        f"suite {name}: row {row['id']!r}: field 'base': {row['base']!r} names "
-        "no other label row of the suite; give the id of the unedited row"
-      )
+      raise ValueError(f"suite {name}: row {row['id']!r}: {_no_base(row)}")
     row["base_row"] = base
     if complies(row["label"]) != complies(rows[base]["label"]):
       right = complies(row["label"])
       win, lose = (at, base) if right else (base, at)
       pairs.append(Preference(win, lose, "spec", row["weight"]))
   return pairs
+
+
+def _no_base(row: Row) -> str:
+  return (
+    f"field 'base': {row['base']!r} names no other label row of the suite; give"
+    " the id of the unedited row"
+  )
 
 
 def read(
@@ -161,6 +165,8 @@ def read(
   model: str | Path | None = None,
   rows: int = 0,
   seed: int = 0,
+  fits: Callable[[Row], object] | None = None,
+  aside: list[dict[str, Any]] | None = None,
 ) -> Suite:
   """A suite by name or by file.
 
@@ -174,9 +180,13 @@ def read(
     rows: kept, by whole families (`some_families`); 0: all, of `real.NAMES`
       `real.ROWS`.
     seed: of the synthetic rows.
+    fits: raises ValueError for a row of a file (its messages and spec) that
+      the model cannot read.
+    aside: receives the bad rows of a file, as `contract.read_rows` puts them
+      aside; None: the first stops the reading.
 
   Raises:
-    ValueError: unknown name, missing or broken file; says what to do.
+    ValueError: unknown name, missing or broken file, bad row; says what to do.
   """
   if name in SYNTHETIC:
     made = synthetic.suite(name, size=rows or SYNTHETIC_ROWS, seed=seed)
@@ -199,7 +209,7 @@ def read(
       if is_heldout(row["family"], seed=config.seed, share=config.data.heldout)
     ]
   elif Path(name).is_file():
-    found = list(contract.read_rows(name))
+    found = _rows_of(Path(name), fits, aside)
   else:
     known = ", ".join((*SYNTHETIC, "heldout", "real", *real.NAMES, *SETS))
     raise ValueError(
@@ -212,6 +222,62 @@ def read(
     note = f"{len(kept)} of {len(found)} rows, whole families at random"
     suite = suite._replace(note=note)
   return suite
+
+
+def _rows_of(
+  path: Path,
+  fits: Callable[[Row], object] | None,
+  aside: list[dict[str, Any]] | None,
+) -> list[Row]:
+  """The rows of a user's file that can be judged; see `read`."""
+  lines = contract.line_numbers(path)
+  counts: dict[str, int] = {}
+  kept: dict[int, Row] = {}  # by line
+
+  def refuse(line: int, row: Row, problem: str) -> None:
+    reason = f"{path}:{line}: {problem}"
+    if aside is None:
+      raise ValueError(reason)
+    aside.append({"line": line, "reason": reason, "row": row})
+
+  for row in contract.read_rows(
+    path,
+    on_bad_row="stop" if aside is None else "quarantine",
+    quarantine=aside,
+    counts=counts,
+  ):
+    line = lines[counts["rows_read"] - 1]
+    try:
+      alone = {key: value for key, value in row.items() if key != "base"}
+      for part in flatten(str(path), [alone]).rows if fits else ():
+        fits(part)
+    except ValueError as error:
+      refuse(line, row, f"field 'messages': {error}")
+    else:
+      kept[line] = row
+  while lost := _baseless(kept):
+    for line in lost:
+      row = kept.pop(line)
+      refuse(line, row, _no_base(row))
+  if aside:
+    aside.sort(key=lambda entry: entry["line"])
+    if not kept:
+      raise ValueError(
+        f"{path}: all {len(aside)} rows are bad; {aside[0]['reason']}"
+      )
+  return list(kept.values())
+
+
+def _baseless(kept: Mapping[int, Row]) -> list[int]:
+  """Lines of label rows whose `base` is no other label row."""
+  labelled = {r["id"] for r in kept.values() if contract.kind_of(r) == "label"}
+  return [
+    line
+    for line, row in kept.items()
+    if contract.kind_of(row) == "label"
+    and "base" in row
+    and (row["base"] == row["id"] or row["base"] not in labelled)
+  ]
 
 
 def _real(
