@@ -209,7 +209,7 @@ def read(
       if is_heldout(row["family"], seed=config.seed, share=config.data.heldout)
     ]
   elif Path(name).is_file():
-    found = _rows_of(Path(name), fits, aside)
+    found = _rows_of(Path(name), fits or (lambda row: None), aside)
   else:
     known = ", ".join((*SYNTHETIC, "heldout", "real", *real.NAMES, *SETS))
     raise ValueError(
@@ -226,7 +226,7 @@ def read(
 
 def _rows_of(
   path: Path,
-  fits: Callable[[Row], object] | None,
+  fits: Callable[[Row], object],
   aside: list[dict[str, Any]] | None,
 ) -> list[Row]:
   """The rows of a user's file that can be judged; see `read`."""
@@ -249,7 +249,7 @@ def _rows_of(
     line = lines[counts["rows_read"] - 1]
     try:
       alone = {key: value for key, value in row.items() if key != "base"}
-      for part in flatten(str(path), [alone]).rows if fits else ():
+      for part in flatten(str(path), [alone]).rows:
         fits(part)
     except ValueError as error:
       refuse(line, row, f"field 'messages': {error}")
