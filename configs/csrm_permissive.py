@@ -10,7 +10,7 @@ from csrm_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 1580  # one pass
+  c.steps = 970  # one pass
   c.batch_rows = 2
   c.checkpoint_every = 100
   c.model.path = "smollm2"
@@ -24,10 +24,7 @@ def get_config():
   c.loss.spec = 1.0
   c.loss.resp = 0.3
   # A group of the world is many rows, polyguard has many times the others.
-  c.data.source = (
-    "synthetic:200,synthetic_wide:200,polyguard:7500,diasafety:600,"
-    "answering:350,permissive"
-  )
+  c.data.source = "synthetic:200,polyguard:4000,diasafety:600,permissive"
   c.data.examples = 300  # families of each other source
   # Rows of 512 would put aside half of pyrit_scored and harmbench_responses: a
   # sequence may take half a row.

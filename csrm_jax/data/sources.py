@@ -37,7 +37,6 @@ PERMISSIVE = (
   "pyrit_scored",
   "hh_harmless",
   "preference_general",
-  "answering",
 )
 GROUPS = {"mixture": MIXTURE, "permissive": PERMISSIVE}
 # Conversations under specs varied by the operators of `operators.py`.
