@@ -1,5 +1,6 @@
 """Cases: judged conversations with known rules, and edits of both."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -130,18 +131,27 @@ def from_rows(rows: Iterable[Row]) -> list[Case]:
 
 
 def some(cases: Sequence[Case], count: int) -> list[Case]:
-  """Leading families that together hold `count` cases or just more; 0: all."""
-  kept: dict[str, None] = {}
-  total = 0
-  sizes: dict[str, int] = {}
+  """Cases of as many families as possible, `count` or just more; 0: all.
+
+  What is drawn is a conversation under a spec with all edits of it: one of each
+  family, then a second of each, and so on. Cases keep their order.
+  """
+  if not count:
+    return list(cases)
+  drawn: dict[str, dict[str, int]] = {}  # family: {id of the base: cases}
   for case in cases:
-    sizes[case.family] = sizes.get(case.family, 0) + 1
-  for family, size in sizes.items():
-    if count and total >= count:
+    sizes = drawn.setdefault(case.family, {})
+    base = case.base or case.id
+    sizes[base] = sizes.get(base, 0) + 1
+  turns = itertools.zip_longest(*(sizes.items() for sizes in drawn.values()))
+  kept: set[str] = set()
+  total = 0
+  for base, size in filter(None, itertools.chain.from_iterable(turns)):
+    if total >= count:
       break
-    kept[family] = None
+    kept.add(base)
     total += size
-  return [case for case in cases if case.family in kept]
+  return [case for case in cases if (case.base or case.id) in kept]
 
 
 # ----------------------------------------------------------- edits of specs
