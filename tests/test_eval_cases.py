@@ -49,11 +49,16 @@ def test_from_rows_reads_specs_and_names_what_is_missing():
       cases.from_rows([broken])
 
 
-def test_some_keeps_whole_families(made):
-  few = cases.some(made, 10)
-  names = {c.family for c in few}
-  assert 10 <= len(few) < len(made)
-  assert few == [c for c in made if c.family in names]
+def test_some_draws_conversations_with_all_their_edits_from_every_family(made):
+  families = len({c.family for c in made})
+  for count in (1, 10, len(made) // 2):
+    few = cases.some(made, count)
+    bases = {c.base or c.id for c in few}
+    assert count <= len(few) < len(made)
+    assert few == [c for c in made if (c.base or c.id) in bases]
+    assert len({c.family for c in few}) == min(families, len(bases))
+    smaller = cases.some(made, count - 1)
+    assert {c.id for c in smaller} <= {c.id for c in few} or count == 1
   assert cases.some(made, 0) == list(made)
 
 
