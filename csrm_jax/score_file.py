@@ -1,5 +1,6 @@
 """A file of conversations to a file of scores, in JSON lines."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def score_file(
     need_label=False,
     need_spec=spec is None,
   )
-  lines = contract.line_numbers(Path(source))
+  lines = functools.cache(lambda: contract.line_numbers(Path(source)))
   ids, items = [], []
   for row in rows:
     if spec is not None:
@@ -72,7 +73,7 @@ def score_file(
         judge, row, turns=turns, max_tokens=max_tokens, helpfulness=helpfulness
       )
     except ValueError as error:
-      line = lines[counts["rows_read"] - 1]
+      line = lines()[counts["rows_read"] - 1]
       reason = f"{source}:{line}: field 'messages': {error}"
       if on_bad_row == "stop":
         raise ValueError(reason) from error
@@ -83,7 +84,7 @@ def score_file(
     items.append(item)
   if on_bad_row == "quarantine":
     aside.sort(key=lambda entry: entry["line"])
-    _write_lines(output.with_name(output.name + ".quarantine.jsonl"), aside)
+    _write_lines(contract.aside_of(output), aside)
   scores = score_items(judge, items, progress=progress)
   _write_lines(
     output,

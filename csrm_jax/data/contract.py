@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from csrm_jax.spec import Spec
+from csrm_jax.storage import AnyPath
 
 Row = dict[str, Any]
 Bad = Callable[[Any, str], None]  # (row or raw text, reason)
@@ -77,14 +78,7 @@ def read_rows(
     ValueError: file, line, field, value and remedy of the first bad row.
   """
   path = Path(path)
-  if on_bad_row not in ("stop", "quarantine"):
-    raise ValueError(
-      f"on_bad_row: {on_bad_row!r}; must be 'stop' or 'quarantine'"
-    )
-  if on_bad_row == "quarantine" and quarantine is None:
-    raise ValueError(
-      "on_bad_row 'quarantine' without a place for the rows; pass quarantine="
-    )
+  check_option(on_bad_row, quarantine, "quarantine=")
   counts = {} if counts is None else counts
   counts.setdefault("quarantined", 0)
   counts.setdefault("rows_read", 0)
@@ -290,6 +284,27 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     raise ValueError(
       f"{path}: {error.strerror}; give the path of a .jsonl or .jsonl.gz file"
     ) from None
+
+
+def check_option(on_bad_row: str, place: object, argument: str) -> None:
+  """Refuses an `on_bad_row` that does not exist, or has nowhere to put rows.
+
+  Raises:
+    ValueError: names `argument`, which would give the place.
+  """
+  if on_bad_row not in ("stop", "quarantine"):
+    raise ValueError(
+      f"on_bad_row: {on_bad_row!r}; must be 'stop' or 'quarantine'"
+    )
+  if on_bad_row == "quarantine" and place is None:
+    raise ValueError(
+      f"on_bad_row 'quarantine' without a place for the rows; pass {argument}"
+    )
+
+
+def aside_of(output: AnyPath) -> AnyPath:
+  """The file for bad rows that belongs to an output."""
+  return output.with_name(output.name + ".quarantine.jsonl")
 
 
 def line_numbers(path: Path) -> list[int]:

@@ -70,7 +70,7 @@ def check(
     cases: of `cases.synthetic` or `cases.from_rows`.
     unseen: cases of rules that training never met, for `unseen_gap`.
     names: of `CHECKS`.
-    limit: cases, by whole families, for the costly checks; 0: all.
+    limit: cases, as `cases.some` draws them, for the costly checks; 0: all.
     bootstrap: resamples of families.
     seed: of edits and resamples.
 

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import expit
 
 from csrm_jax import metrics
+from csrm_jax.data import contract
 from csrm_jax.eval import (
   comparison,
   failures,
@@ -81,17 +82,12 @@ def check(output: AnyPath) -> None:
     )
 
 
-def aside_of(output: AnyPath) -> AnyPath:
-  """Where bad rows go."""
-  return output.with_name(output.name + ".quarantine.jsonl")
-
-
 def write_aside(
   output: Path, aside: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
   """Bad rows with their suite, line and reason; an empty file if none."""
   output.parent.mkdir(parents=True, exist_ok=True)
-  with aside_of(output).open("w", encoding="utf-8") as out:
+  with contract.aside_of(output).open("w", encoding="utf-8") as out:
     for suite, entries in aside.items():
       for entry in entries:
         out.write(json.dumps({"suite": suite, **entry}) + "\n")

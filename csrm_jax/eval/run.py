@@ -111,7 +111,7 @@ def evaluate(
     writing.check(output)
   suite_names = suites.names(suite_names)
   _check_judges(judge_names)
-  _check_bad_row(on_bad_row, output)
+  contract.check_option(on_bad_row, output, "output=")
   folder = None if callable(model) else recipes.here(model)
   # A wrong suite is told before a model is opened.
   opened = functools.cache(lambda: open_model(model))
@@ -232,17 +232,6 @@ def open_model(model: str | AnyPath | Judge) -> Model:
     total,
     functools.partial(judging.check_row, loaded),
   )
-
-
-def _check_bad_row(on_bad_row: str, output: AnyPath | None) -> None:
-  if on_bad_row not in ("stop", "quarantine"):
-    raise ValueError(
-      f"on_bad_row: {on_bad_row!r}; must be 'stop' or 'quarantine'"
-    )
-  if on_bad_row == "quarantine" and output is None:
-    raise ValueError(
-      "on_bad_row 'quarantine' without a place for the rows; pass output="
-    )
 
 
 def _check_judges(names: Sequence[str]) -> None:

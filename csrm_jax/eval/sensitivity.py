@@ -46,8 +46,8 @@ def report(
   Args:
     judge: from rows to log-odds; asked once for each distinct row.
     cases: of `cases.synthetic` or `cases.from_rows`.
-    limit: cases, by whole families, for the probes that ask more than four
-      rows a case (leave-one-out, permutations, distractors); 0: all.
+    limit: cases, as `cases.some` draws them, for the probes that ask more than
+      four rows a case (leave-one-out, permutations, distractors); 0: all.
     bootstrap: resamples.
     seed: of edits and resamples.
 

@@ -1,6 +1,7 @@
 """Suites: named or filed contract rows, flattened to sequences and pairs."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,11 +231,12 @@ def _rows_of(
   aside: list[dict[str, Any]] | None,
 ) -> list[Row]:
   """The rows of a user's file that can be judged; see `read`."""
-  lines = contract.line_numbers(path)
+  lines = functools.cache(lambda: contract.line_numbers(path))
   counts: dict[str, int] = {}
-  kept: dict[int, Row] = {}  # by line
+  kept: dict[int, Row] = {}  # by number
 
-  def refuse(line: int, row: Row, problem: str) -> None:
+  def refuse(n: int, row: Row, problem: str) -> None:
+    line = lines()[n - 1]
     reason = f"{path}:{line}: {problem}"
     if aside is None:
       raise ValueError(reason)
@@ -246,19 +248,19 @@ def _rows_of(
     quarantine=aside,
     counts=counts,
   ):
-    line = lines[counts["rows_read"] - 1]
+    n = counts["rows_read"]
     try:
       alone = {key: value for key, value in row.items() if key != "base"}
       for part in flatten(str(path), [alone]).rows:
         fits(part)
     except ValueError as error:
-      refuse(line, row, f"field 'messages': {error}")
+      refuse(n, row, f"field 'messages': {error}")
     else:
-      kept[line] = row
+      kept[n] = row
   while lost := _baseless(kept):
-    for line in lost:
-      row = kept.pop(line)
-      refuse(line, row, _no_base(row))
+    for n in lost:
+      row = kept.pop(n)
+      refuse(n, row, _no_base(row))
   if aside:
     aside.sort(key=lambda entry: entry["line"])
     if not kept:
@@ -269,11 +271,11 @@ def _rows_of(
 
 
 def _baseless(kept: Mapping[int, Row]) -> list[int]:
-  """Lines of label rows whose `base` is no other label row."""
+  """Numbers of label rows whose `base` is no other label row."""
   labelled = {r["id"] for r in kept.values() if contract.kind_of(r) == "label"}
   return [
-    line
-    for line, row in kept.items()
+    n
+    for n, row in kept.items()
     if contract.kind_of(row) == "label"
     and "base" in row
     and (row["base"] == row["id"] or row["base"] not in labelled)
