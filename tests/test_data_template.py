@@ -306,7 +306,7 @@ def test_fit_to_drops_lines_of_a_plain_text():
 
 @pytest.mark.parametrize("spec", [RULES, RULES.keep([0]), None])
 def test_fit_to_never_cuts_the_response_nor_the_last_rule(spec):
-  with pytest.raises(ValueError, match=r"take \d+ tokens.*Raise max_tokens"):
+  with pytest.raises(ValueError, match=r"take \d+ tokens.*raise max_tokens"):
     template.fit_to(tiny.tokenizer(), _chat("a", "b " * 200), spec, 100)
 
 

@@ -192,7 +192,7 @@ def test_sequences_longer_than_the_usual_row(judge):
     ({"messages": []}, r"row 'r0'.*last message"),
     (
       {"messages": [{"role": "assistant", "content": "bread " * 900}]},
-      r"row 'r0'.*Raise max_tokens",
+      r"row 'r0'.*raise max_tokens",
     ),
   ],
 )
@@ -336,7 +336,7 @@ def test_score_file_stops_at_a_row_that_is_too_long(judge, tmp_path):
   source = _write(tmp_path / "rows.jsonl", [good[0], "", TOO_LONG, good[1]])
 
   with pytest.raises(
-    ValueError, match=r"rows.jsonl:3: field 'messages': .*Raise max_tokens"
+    ValueError, match=r"rows.jsonl:3: field 'messages': .*raise max_tokens"
   ):
     score_file(judge, source, tmp_path / "out.jsonl", max_tokens=300)
   assert not (tmp_path / "out.jsonl").exists()

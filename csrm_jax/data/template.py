@@ -235,8 +235,8 @@ def _least(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def _too_long(spared: str, tokens: int, max_tokens: int) -> str:
   return (
     f"the {spared} and one rule alone take {tokens} tokens, more than"
-    f" max_tokens = {max_tokens}; neither is ever cut. Raise max_tokens (up to"
-    f" the context of the backbone) or shorten the {spared}."
+    f" max_tokens = {max_tokens}; neither is ever cut. Shorten the {spared}, or"
+    " raise max_tokens where it is below the context of the backbone."
   )
 
 
