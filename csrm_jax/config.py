@@ -35,6 +35,8 @@ def default() -> Config:
   m.random.heads = 4
   m.random.kv_heads = 2
   m.random.ffn = 128
+  m.adapter = ""  # folder of an exported adapter of that model: training goes
+  #                 on from it, with its lora_rank and lora_alpha
   m.tokenizer = "auto"  # "auto": the model's own; else as model.path
   m.head = "linear"  # "linear" | "verbaliser" (CSRM paper)
   m.train_layers = -1  # top k layers are trained; -1: all

@@ -149,6 +149,7 @@ def test_another_recipe_is_refused(whole, judge):
     ({"align.prompts": "synthetic/moon"}, "no domain 'moon'"),
     ({"align.ptx_weight": 1.0}, "without anything to imitate"),
     ({"align.samples": 3, "mesh.fsdp": 2}, "does not cover"),
+    ({"model.adapter": "some"}, "launch/train.py alone"),
     ({"align.temperature": 0.0}, "align.temperature=0.0: use one above 0"),
   ],
 )

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import csrm_jax as csrm
 from csrm_jax.config import default
-from csrm_jax.export import adapter, huggingface
+from csrm_jax.export import adapter, adapter_card, huggingface
 from csrm_jax.model import adapter as layout
 from csrm_jax.model import lora
 from csrm_jax.model.names import flatten, unflatten
@@ -208,12 +208,23 @@ def test_card_says_how_to_call_it_and_what_it_was_trained_on(exported, base):
     "## Limits",
   ):
     assert words in card, words
-  from csrm_jax.export import adapter_card
 
-  assert "**Non-commercial** (beavertails, pku_pairs)" in adapter_card.data(
-    "mixture", {}
-  )
-  assert "jsonl is for its owner" in adapter_card.data("jsonl", {})
+  def said(source):
+    return adapter_card.data({"data": adapter_card.trained_on(source, {})})
+
+  assert "**Non-commercial** (beavertails, pku_pairs)" in said("mixture")
+  assert "jsonl is for its owner" in said("jsonl")
+  assert "| jsonl | your own |  |" in said("jsonl")
+  closed = {"data": adapter_card.trained_on("beavertails", {})}
+  permissive = adapter_card.trained_on("synthetic", {})
+  for before, words in (
+    (closed["data"], "**Non-commercial** (beavertails): so are"),
+    ([], "what that adapter was trained on is for its owner"),
+    (permissive, "permit commercial use"),
+  ):
+    told = {"model_fingerprint": "sha256:x", "data": before}
+    card = adapter_card.data({"data": permissive, "started_from": told})
+    assert words in card and "fingerprint `sha256:x`" in card
 
 
 def test_loads_without_torch_and_peft_by_the_launchers(workdir, tmp_path, base):

@@ -93,6 +93,11 @@ def _check(config: Config) -> None:
       raise ValueError(
         f"--config.align.{key}={align[key]}: use one of {', '.join(allowed)}"
       )
+  if config.model.adapter:
+    raise ValueError(
+      f"--config.model.adapter={config.model.adapter}: launch/train.py alone"
+      " goes on from an adapter; a policy begins at --config.model.path"
+    )
   if not align.temperature > 0:
     raise ValueError(
       f"--config.align.temperature={align.temperature}: use one above 0; the"

@@ -77,7 +77,13 @@ def export(
   rounded = dataclasses.replace(judge, params=_rounded(judge.params))
   with storage.naming(output), storage.writing(output) as partial:
     _write_weights(partial, judge, row)
-    described = huggingface.metadata(judge, head) | {"base": base}
+    described = huggingface.metadata(judge, head) | {
+      "base": base,
+      "data": adapter_card.trained_on(
+        recipe["data"]["source"], _counts(workdir, recipe)
+      ),
+      **_started_from(workdir),
+    }
     huggingface.write_json(partial / adapters.METADATA, described)
     config = _config(judge, base["name"])
     huggingface.write_json(partial / adapters.CONFIG, config)
@@ -100,9 +106,7 @@ def export(
     text = adapter_card.render(
       config, described, done, report=huggingface.report_of(workdir)
     )
-    text += adapter_card.data(
-      recipe["data"]["source"], _counts(workdir, recipe)
-    )
+    text += adapter_card.data(described)
     (partial / "README.md").write_text(text, encoding="utf-8")
   return done
 
@@ -210,3 +214,9 @@ def _counts(workdir: Path, recipe: dict[str, Any]) -> dict[str, int]:
   folder = recipe["data"].get("prepared") or workdir / "data"
   file = Path(folder) / "meta.json"
   return json.loads(file.read_text("utf-8"))["counts"] if file.is_file() else {}
+
+
+def _started_from(workdir: Path) -> dict[str, Any]:
+  """The adapter that training went on from, as model.json has it, if any."""
+  described = json.loads((workdir / "model.json").read_text("utf-8"))
+  return {k: v for k, v in described.items() if k == "started_from"}

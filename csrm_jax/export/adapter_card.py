@@ -1,6 +1,6 @@
 """The model card of an adapter: how to call it, what it was trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from csrm_jax.data import sources
@@ -172,24 +172,61 @@ def render(
   return "\n".join([*lines, "", limits, ""])
 
 
-def data(source: str, counts: Mapping[str, int]) -> str:
-  """The section on training data: sets, licences, rows.
+def trained_on(source: str, counts: Mapping[str, int]) -> list[dict[str, Any]]:
+  """The training sets of a recipe: name, licence, rows.
 
   Args:
     source: `data.source` of the recipe.
-    counts: of the preparation; rows are left out where it does not say.
+    counts: of the preparation; rows are None where it does not say.
   """
-  lines = ["## Training data", "", "| set | licence | rows |", "|---|---|---|"]
-  found = {name: sources.licence(name) for name in sources.split_names(source)}
-  for name, (text, _) in found.items():
-    lines.append(f"| {name} | {text} | {counts.get(f'{name}_made', '')} |")
-  closed = [n for n, (_, commercial) in found.items() if commercial is False]
-  unknown = [n for n, (_, commercial) in found.items() if commercial is None]
+  found = []
+  for name in sources.split_names(source):
+    text, commercial = sources.licence(name)
+    found.append(
+      {
+        "name": name,
+        "licence": text,
+        "commercial": commercial,
+        "rows": counts.get(f"{name}_made"),
+      }
+    )
+  return found
+
+
+def data(described: Mapping[str, Any]) -> str:
+  """The section on training data: sets, licences, rows.
+
+  Args:
+    described: content of csrm.json: "data", and "started_from" where training
+      went on from another adapter.
+  """
+  before = described.get("started_from")
+  sets = [*described["data"], *(before["data"] if before else ())]
+  lines = ["## Training data", "", *_table(described["data"]), ""]
+  if before:
+    lines += [
+      "It began as the adapter with fingerprint"
+      f" `{before['model_fingerprint']}`, which was trained on",
+      "",
+      *_table(before["data"]),
+      "",
+    ]
+  closed = sorted({s["name"] for s in sets if s["commercial"] is False})
+  unknown = sorted({s["name"] for s in sets if s["commercial"] is None})
   if closed:
     said = f"**Non-commercial** ({', '.join(closed)}): so are these weights."
-  elif unknown:
-    said = f"The licence of {', '.join(unknown)} is for its owner to state."
+  elif unknown or (before and not before["data"]):
+    whose = ", ".join(unknown) or "what that adapter was trained on"
+    said = f"The licence of {whose} is for its owner to state."
   else:
     said = "All of them state licences that permit commercial use."
   note = "Licences are those that the sets state; docs/data.md says how each"
-  return "\n".join([*lines, "", said, f"{note} is read and what is wrong.", ""])
+  return "\n".join([*lines, said, f"{note} is read and what is wrong.", ""])
+
+
+def _table(sets: Sequence[Mapping[str, Any]]) -> list[str]:
+  lines = ["| set | licence | rows |", "|---|---|---|"]
+  for one in sets:
+    rows = "" if one["rows"] is None else one["rows"]
+    lines.append(f"| {one['name']} | {one['licence']} | {rows} |")
+  return lines

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Float
 
 from csrm_jax import checkpoint
 from csrm_jax.model import lora, names
@@ -152,6 +153,31 @@ def merge(params: Params, adapter: Adapter, *, origin: str | Path) -> Params:
     origin: named in errors.
 
   Raises:
+    ValueError: as `place` does.
+  """
+  placed, row = place(params, adapter, origin=origin)
+  head = {"kernel": jnp.stack([row, np.zeros_like(row)])}
+  return lora.merge(placed | {"head": head}, adapter.alpha)
+
+
+def place(
+  params: Params, adapter: Adapter, *, origin: str | Path, first: int = 0
+) -> tuple[Params, Float[np.ndarray, " d"]]:
+  """Puts an adapter beside the kernels of the stack `upper`, not yet merged.
+
+  A layer that the file does not name keeps the adapter it has, or gets one
+  that changes nothing.
+
+  Args:
+    params: of the base.
+    adapter: of `read`.
+    origin: named in errors.
+    first: number of the lowest layer of `upper`.
+
+  Returns:
+    (parameters, whose head is as it was; the file's score row).
+
+  Raises:
     ValueError: a tensor of the file has no place or another shape, half of a
       pair is missing, or there is no score row.
   """
@@ -160,13 +186,15 @@ def merge(params: Params, adapter: Adapter, *, origin: str | Path) -> Params:
   for path in [k for k in stack if k.endswith("/kernel")]:
     layers, ins, outs = stack[path].shape
     shapes = {"lora_a": (adapter.rank, ins), "lora_b": (outs, adapter.rank)}
-    # A layer without an adapter keeps zeros, so its kernel does not change.
     pair = {
-      leaf: np.zeros((layers, *shape[::-1]), np.float32)
+      leaf: np.array(
+        stack.get(_beside(path, leaf), np.zeros((layers, *shape[::-1]))),
+        np.float32,
+      )
       for leaf, shape in shapes.items()
     }
     for layer in range(layers):
-      both = {leaf: tensor_name(path, layer, leaf) for leaf in shapes}
+      both = {leaf: tensor_name(path, first + layer, leaf) for leaf in shapes}
       if not left.keys() & {*both.values()}:
         continue
       for leaf, name in both.items():
@@ -179,9 +207,7 @@ def merge(params: Params, adapter: Adapter, *, origin: str | Path) -> Params:
       f"{Path(origin) / WEIGHTS}: tensor {min(left)!r} has no place in this"
       " base; is it the base that the adapter was trained on?"
     )
-  head = {"kernel": jnp.concatenate([row, np.zeros_like(row)])}
-  adapted = params | {"upper": names.unflatten(stack), "head": head}
-  return lora.merge(adapted, adapter.alpha)
+  return params | {"upper": names.unflatten(stack)}, row[0]
 
 
 def _take(

@@ -17,6 +17,7 @@ from csrm_jax.data.tokenizer import Tokenizer
 from csrm_jax.model import reward
 from csrm_jax.model.reward import RewardModel
 from csrm_jax.storage import AnyPath
+from csrm_jax.train import start
 
 # Keys that may change between the parts of one run without changing what it
 # computes; any other difference would silently mix two recipes.
@@ -89,6 +90,9 @@ def write_recipe(
   described = reward.describe(model) | _fingerprints(tokenizer)
   described["data_fingerprint"] = data_fingerprint
   described["temperature"] = before.get("temperature", 1.0)
+  # The adapter's folder may be gone once a run has begun.
+  if started_from := before.get("started_from") or start.provenance(config):
+    described["started_from"] = started_from
   tokenizer.save(workdir)
   storage.write_json(workdir / "config.json", config.to_dict())
   storage.write_json(workdir / "model.json", described)
