@@ -1,6 +1,6 @@
 """The adapter that ships, second part: goes on from that of csrm_permissive.
 
-Cost: 2 CPU cores, 80 min; figures in benchmarks/quality.
+Cost: 2 CPU cores, 91 min beside other work; figures in benchmarks/quality.
 Needs --config.data.path=FOLDER of the sets, and --config.model.adapter=DIR, the
 export of the first part (launch/export.py --format=adapter). Every family that
 the first part trained on is among this one's, so suites leave out both.

@@ -168,6 +168,25 @@ def test_no_adapter_there_is_named(recipe, tmp_path):
     begun(recipe(**{"model.adapter": str(tmp_path)}))
 
 
+def test_provenance_goes_back_to_the_first(recipe, folder, tmp_path):
+  """What is non-commercial stays so, however many runs come after."""
+  assert start.provenance(recipe()) == {}
+  shutil.copytree(folder, tmp_path / "second")
+  file = tmp_path / "second" / "csrm.json"
+  described = json.loads(file.read_text())
+  closed = [{"name": "beavertails", "commercial": False}]
+  described["started_from"] = {"model_fingerprint": "sha256:x", "data": closed}
+  file.write_text(json.dumps(described))
+
+  found = start.provenance(
+    recipe(**{"model.adapter": str(tmp_path / "second")})
+  )
+
+  assert found["data"] == [*described["data"], *closed]
+  assert found["model_fingerprint"] == described["model_fingerprint"]
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_and_says_what_it_began_from(recipe, folder, tmp_path):
   first = tmp_path / "adapter"
   shutil.copytree(folder, first)

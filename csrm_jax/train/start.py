@@ -20,15 +20,16 @@ def provenance(config: Config) -> dict[str, Any]:
   """What a run from `model.adapter` owes to it; nothing for other runs.
 
   Returns:
-    "model_fingerprint" of the adapter and "data", its training sets: a list
-    of (name, licence, rows), empty where its folder does not say.
+    "model_fingerprint" of the adapter and "data", its training sets and those
+    of what it began from, as csrm.json has them; empty where it does not say.
   """
   if not config.model.adapter:
     return {}
   described = adapters.read(config.model.adapter).described
+  earlier = described.get("started_from", {})
   return {
     "model_fingerprint": described["model_fingerprint"],
-    "data": described.get("data", []),
+    "data": [*described.get("data", ()), *earlier.get("data", ())],
   }
 
 
