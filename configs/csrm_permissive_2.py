@@ -2,8 +2,9 @@
 
 Cost: 2 CPU cores, 91 min beside other work; figures in benchmarks/quality.
 Needs --config.data.path=FOLDER of the sets, and --config.model.adapter=DIR, the
-export of the first part (launch/export.py --format=adapter). Every family that
-the first part trained on is among this one's, so suites leave out both.
+export of the first part (launch/export.py --format=adapter). Every family of
+the public sets that the first part trained on is among this one's, so suites
+leave out both.
 """
 
 from configs import csrm_permissive

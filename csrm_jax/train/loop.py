@@ -1,6 +1,5 @@
 """The training run: prepare, restore, step, log, checkpoint, calibrate."""
 
-import functools
 import json
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from csrm_jax.train import optimizer as optimizers
 from csrm_jax.train import start
 from csrm_jax.train import step as steps
 from csrm_jax.train import workdir as workdirs
-from csrm_jax.types import Params, TrainState
+from csrm_jax.types import TrainState
 
 
 def fit(config: Config, workdir: str | AnyPath) -> dict[str, Any]:
@@ -79,10 +78,9 @@ def _fit(config: Config, workdir: AnyPath) -> dict[str, Any]:
   optimizer = make_optimizer(config)
 
   with checkpoint.opened(workdir, keep=config.keep_checkpoints) as saved:
-    begin = functools.partial(
-      _begin, config, model, load_params, tokenizer=tokenizer
+    state = _start(
+      config, model, load_params, tokenizer, optimizer, mesh, saved
     )
-    state = _start(config, model, begin, optimizer, mesh, saved)
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state
     )
@@ -160,23 +158,9 @@ def loss_keywords(config: Config) -> dict[str, Any]:
   }
 
 
-def _begin(
-  config: Config,
-  model: RewardModel,
-  load_params: LoadParams,
-  key: jax.Array,
-  shardings: Params,
-  *,
-  tokenizer: Tokenizer,
-) -> Params:
-  """Parameters before step 0."""
-  params = load_params(key, shardings)
-  if not config.model.adapter:
-    return params
-  return start.from_adapter(config, model, tokenizer, params, shardings)
-
-
-def _start(config: Config, model, begin, optimizer, mesh, saved) -> TrainState:
+def _start(
+  config: Config, model, load_params, tokenizer, optimizer, mesh, saved
+) -> TrainState:
   """The newest checkpoint, or the state before step 0, sharded."""
   key = jax.random.key(config.seed)
 
@@ -195,7 +179,9 @@ def _start(config: Config, model, begin, optimizer, mesh, saved) -> TrainState:
       held,
     )
     return checkpoint.restore(saved, latest, abstract)
-  params = begin(key, held.params)
+  params = load_params(key, held.params)
+  if config.model.adapter:
+    params = start.from_adapter(config, model, tokenizer, params, held.params)
   return jax.jit(fresh, out_shardings=held, donate_argnums=0)(params)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from csrm_jax import peers
 from csrm_jax.config import Config
 from csrm_jax.data import template
 from csrm_jax.data.tokenizer import Tokenizer
@@ -96,6 +95,5 @@ def from_adapter(
   kernel[int(described["head"] == "helpfulness")] = row
   placed = flatten(placed | {"head": {"kernel": kernel}})
   places = flatten(shardings)
-  if peers.is_first():
-    print(f"training goes on from the adapter {folder}")
+  print(f"training goes on from the adapter {folder}")
   return unflatten({k: jax.device_put(v, places[k]) for k, v in placed.items()})
