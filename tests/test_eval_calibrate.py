@@ -84,14 +84,14 @@ def workdir(tmp_path, labels: int):
   return heldout
 
 
-def overconfident(monkeypatch):
+def overconfident(monkeypatch, wrong=4):
   """Every fourth row is wrong at log-odds 4, so the best T is 4 / log 3."""
   monkeypatch.setattr(calibrate, "load", lambda path: FakeJudge())
 
   def score_rows(judge, rows, **_):
     assert judge.temperature == 1.0
     signs = [
-      (2 * row["label"] - 1) * (-1 if int(row["id"]) % 4 == 0 else 1)
+      (2 * row["label"] - 1) * (-1 if int(row["id"]) % wrong == 0 else 1)
       for row in rows
     ]
     return [SimpleNamespace(log_odds=4.0 * sign) for sign in signs]
@@ -99,7 +99,7 @@ def overconfident(monkeypatch):
   monkeypatch.setattr(calibrate.score, "score_rows", score_rows)
 
 
-def test_workdir_gets_its_temperature(tmp_path, monkeypatch):
+def test_workdir_gets_its_temperature(tmp_path, monkeypatch, capsys):
   overconfident(monkeypatch)
   heldout = workdir(tmp_path, 64)
   report = calibrate.calibrate_workdir(tmp_path, heldout, rows=48)
@@ -108,6 +108,26 @@ def test_workdir_gets_its_temperature(tmp_path, monkeypatch):
   assert report["calibration_nll"] < report["calibration_nll_before"]
   written = json.loads((tmp_path / "model.json").read_text())
   assert written == {"head": "linear", "temperature": report["temperature"]}
+  assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("wrong", "bound"), [(99, -3), (1, 3)])
+def test_a_temperature_at_its_bound_is_told(
+  tmp_path, monkeypatch, capsys, wrong, bound
+):
+  """All rows right but the first, of weight 0; or all of them wrong."""
+  overconfident(monkeypatch, wrong)
+  heldout = workdir(tmp_path, 6)
+  first, *rest = heldout.read_text().splitlines(keepends=True)
+  unweighted = json.dumps(json.loads(first) | {"weight": 0.0}) + "\n"
+  heldout.write_text(unweighted + "".join(rest))
+
+  report = calibrate.calibrate_workdir(tmp_path, heldout)
+
+  np.testing.assert_allclose(report["temperature"], np.exp(bound), rtol=1e-3)
+  told = capsys.readouterr().err
+  assert f"{heldout}: its 6 labelled rows" in told
+  assert "--config.data.heldout" in told
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +39,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(base):
-  """(changes) -> two steps of adapters of rank 2 on that base."""
-  fixed = {
+def small(base):
+  """What makes configs/tiny.py two steps of adapters of rank 2 on that base."""
+  return {
     "steps": 2,
     "batch_rows": 2,
     "checkpoint_every": 1,
@@ -47,7 +50,12 @@ def recipe(base):
     "model.lora_alpha": 2.0,
     "data.row_length": 2048,  # the tiny tokenizer spells most words out
   }
-  return lambda **changes: runs.tiny_config(**fixed | changes)
+
+
+@pytest.fixture(scope="module")
+def recipe(small):
+  """(changes) -> config."""
+  return lambda **changes: runs.tiny_config(**small | changes)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +78,11 @@ def folder(base, recipe, tmp_path_factory):
   return out
 
 
-def begun(config, fsdp=1):
+def begun(config):
   """Model, tokenizer and parameters before step 0."""
   tokenizer = loop.load_tokenizer(config)
   model, load_params = loop.make_model(config, tokenizer)
-  mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:fsdp])
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
   key = jax.random.key(0)
   held = sharding.shardings(jax.eval_shape(model.init, key), mesh)
   params = start.from_adapter(
@@ -221,6 +229,41 @@ def test_a_run_goes_on_and_says_what_it_began_from(recipe, folder, tmp_path):
   )
   assert "| polyguard | CC BY 4.0 | 1234 |" in card
   assert "| synthetic | Apache-2.0 (csrm_jax) |" in card
+
+
+@pytest.mark.slow
+def test_eight_devices_begin_and_go_on_as_one(small, folder, tmp_path):
+  changes = small | {
+    "model.adapter": str(folder),
+    "batch_rows": 4,
+    "steps": 3,  # the rate of the first is 0
+  }
+  loop.fit(runs.tiny_config(**changes), tmp_path / "one")
+
+  spread = {"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+  code = f"""
+import jax
+from csrm_jax.train import loop
+from tests import runs
+assert jax.device_count() == 8
+loop.fit(runs.tiny_config(**{changes | spread!r}), {str(tmp_path / "eight")!r})
+"""
+  environ = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": str(runs.ROOT),
+  }
+  run = subprocess.run(
+    [sys.executable, "-c", code], cwd=runs.ROOT, env=environ, text=True,
+    capture_output=True,
+  )  # fmt: skip
+
+  assert run.returncode == 0, run.stderr[-3000:]
+  assert "Involuntary full rematerialization" not in run.stderr
+  one, eight = (runs.lines(tmp_path / name) for name in ("one", "eight"))
+  assert [line["step"] for line in eight] == [1, 2, 3]
+  for expected, found in zip(one, eight, strict=True):
+    for key in ("loss", "gradient_norm"):
+      assert found[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 def test_no_side_of_the_folders_adapters_is_zero(recipe, folder):

@@ -59,6 +59,11 @@ def fit_temperature(
   return float(np.exp(found.x))
 
 
+def at_bound(temperature: float) -> bool:
+  """Whether the rows asked for more than `fit_temperature` gives."""
+  return bool(np.min(np.abs(np.log(temperature) - np.array(_BOUNDS))) < 1e-3)
+
+
 def calibrate_workdir(
   workdir: str | AnyPath, heldout: str | Path, *, rows: int = ROWS
 ) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def calibrate_workdir(
   Returns:
     temperature, calibration_rows, and mean nats per row before and after;
     without labelled rows, calibration_rows = 0 and the temperature stays 1.
+    A temperature at its bound is told of on stderr.
   """
   heldout = Path(heldout)
   found = []
@@ -86,6 +92,14 @@ def calibrate_workdir(
     scores = score.score_rows(raw, kept, progress=sys.stderr.isatty())
     z = np.array([s.log_odds for s in scores])
     temperature = fit_temperature(z, label, weight)
+    if at_bound(temperature):
+      print(
+        f"{heldout}: its {len(kept)} labelled rows put the temperature to its"
+        f" bound, {temperature:.3g}: the model separates them all, or is wrong"
+        " on balance. Its probabilities are not calibrated; give more data, or"
+        " hold more families out (--config.data.heldout)",
+        file=sys.stderr,
+      )
     report = {
       "calibration_nll_before": float(metrics.nll(z, label, weight)),
       "calibration_nll": float(metrics.nll(z / temperature, label, weight)),
