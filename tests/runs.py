@@ -37,6 +37,29 @@ def process(*command) -> subprocess.Popen:
   )
 
 
+def on_devices(code, *arguments, devices=8) -> str:
+  """What `code` prints, in a process with so many simulated devices.
+
+  XLA must find a way between any two layouts of its arrays without making an
+  array whole ("Involuntary full rematerialization").
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", code, *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": str(ROOT),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    },
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "Involuntary full rematerialization" not in done.stderr
+  return done.stdout
+
+
 def launch(workdir, *flags) -> subprocess.Popen:
   """configs/tiny.py in a process of its own."""
   recipe = ("--config=configs/tiny.py", f"--workdir={workdir}")

@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,9 +17,8 @@ from csrm_jax.align.pairwise import Pairs
 from csrm_jax.align.ppo import Agent
 from csrm_jax.align.run import align
 from csrm_jax.data import prompt
-from tests import tiny
+from tests import runs, tiny
 
-ROOT = Path(__file__).parent.parent
 ROOM = 80
 SPECS = ("S1: Disallowed: prices.", "S1: Required: prices.")
 
@@ -371,16 +367,7 @@ changes = {{"mesh.replica": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
   "align.pairs_per_step": 4, "steps": 2}}
 align(recipe({whole[0]!r}, **changes), {str(tmp_path / "eight")!r})
 """
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
-    capture_output=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr[-3000:]
+  runs.on_devices(code)
   changes = {"align.pairs_per_step": 4, "steps": 2}
   align(recipe(whole[0], **changes), tmp_path / "one")
   ours, theirs = (

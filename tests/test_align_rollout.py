@@ -1,10 +1,6 @@
 """Rollouts: chat format, masks, texts, batches, prompts that are too long."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +11,7 @@ from csrm_jax.align import rollout
 from csrm_jax.data import prompt
 from csrm_jax.model import decode
 from csrm_jax.spec import Rule, Spec
-from tests import tiny
+from tests import runs, tiny
 
 PROMPTS = (
   [{"role": "user", "content": "How do I bake bread?"}],
@@ -193,21 +189,10 @@ else:
 
 @pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
-  flags = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(Path(__file__).parent.parent),
-  }
-  file = str(tmp_path / "out.npz")
+  file = tmp_path / "out.npz"
 
-  done = subprocess.run(
-    [sys.executable, "-c", _MESH, file],
-    env=os.environ | flags,
-    capture_output=True,
-    text=True,
-  )
+  runs.on_devices(_MESH, file)
 
-  assert done.returncode == 0, done.stderr
   several, out = np.load(file), draw(samples=3)
   np.testing.assert_array_equal(several["tokens"], out.tokens)
   np.testing.assert_array_equal(several["length"], out.length)

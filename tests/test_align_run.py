@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,8 @@ from csrm_jax.align.crossed import crossed
 from csrm_jax.align.report import report
 from csrm_jax.align.run import align
 from csrm_jax.train.loop import fit
+from tests import runs
 
-ROOT = Path(__file__).parent.parent
 SPECS = "specs/align/shop_desk.yaml,specs/align/book_club.yaml"
 CHANGES = {
   "steps": 4,
@@ -197,29 +195,15 @@ def test_no_helpfulness_no_reward(judge, tmp_path):
 def test_eight_devices_equal_one(whole, judge, tmp_path):
   """The same first update on a mesh of eight, to 1e-4."""
   code = f"""
-import json, sys
 import jax
-sys.path.insert(0, "tests")
-from test_align_run import length_reward, recipe
-from csrm_jax.align.crossed import crossed
-from csrm_jax.align.report import report
+from tests.test_align_run import length_reward, recipe
 from csrm_jax.align.run import align
 assert jax.device_count() == 8
 config = recipe({str(judge)!r}, **{{"mesh.replica": 2, "mesh.fsdp": 2,
   "mesh.tensor": 2, "align.evaluate_every": 0}})
 align(config, {str(tmp_path)!r}, reward=length_reward)
 """
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-  }
-  run = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
-    capture_output=True,
-  )  # fmt: skip
-  assert run.returncode == 0, run.stderr[-3000:]
-  assert "Involuntary full rematerialization" not in run.stderr
+  runs.on_devices(code)
   first, _ = (read(d / "metrics.jsonl") for d in (tmp_path, whole[0]))
   expected = read(whole[0] / "metrics.jsonl")
   for key, value in expected[0].items():
@@ -295,7 +279,7 @@ def test_a_run_is_audited(judge, tmp_path):
     f"--workdir={tmp_path / 'run'}",
     "--allowed=topic=odd",
   ]
-  done = subprocess.run(called, cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(called, cwd=runs.ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   folder = tmp_path / "run" / "audit" / "shop_desk"
   found = json.loads((folder / "audit.json").read_text())
@@ -311,7 +295,7 @@ def test_a_run_is_audited(judge, tmp_path):
 
   def complain(*flags):
     wrong = subprocess.run(
-      [*called[:3], *flags], cwd=ROOT, capture_output=True, text=True
+      [*called[:3], *flags], cwd=runs.ROOT, capture_output=True, text=True
     )
     assert wrong.returncode != 0
     return wrong.stderr

@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +14,7 @@ import scipy.stats
 from csrm_jax.model import decode, lora, pretrained
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
-from tests import rows, tiny
+from tests import rows, runs, tiny
 from tests.test_model_backbone import FAMILIES, SIZES, torch_model
 
 LENGTHS = (3, 9, 5, 1)
@@ -461,22 +457,10 @@ np.savez(
 
 @pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
-  flags = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(Path(__file__).parent.parent),
-  }
-  file = str(tmp_path / "out.npz")
+  file = tmp_path / "out.npz"
 
-  done = subprocess.run(
-    [sys.executable, "-c", _SEVERAL, file],
-    env=os.environ | flags,
-    capture_output=True,
-    text=True,
-  )
+  runs.on_devices(_SEVERAL, file)
 
-  assert done.returncode == 0, done.stderr
-  assert "rematerialization" not in done.stderr
   several = np.load(file)
   model, params = made(vocab=64)
   prompts, lengths = prompts_of((3, 9, 5, 1, 2, 8, 7, 4), vocab=64)

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -17,7 +14,7 @@ import safetensors.numpy
 from csrm_jax.model import names, pretrained
 from csrm_jax.model.backbone import Architecture
 from csrm_jax.model.reward import RewardModel
-from tests import rows
+from tests import rows, runs
 
 TEXT = (
   "The library opens at nine. Members may borrow up to six books, and a "
@@ -354,17 +351,5 @@ assert sizes == {(16, 12)} and len(read) == 3 * 4, (sizes, read)
 def test_shards_read_only_their_slices(tmp_path):
   architecture = small(tie_word_embeddings=True)
   path = write_folder(tmp_path, architecture, random_tensors(architecture))
-  flags = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(Path(__file__).parent.parent),
-  }
 
-  run = subprocess.run(
-    [sys.executable, "-c", SHARDED, path],
-    env=os.environ | flags,
-    capture_output=True,
-    text=True,
-  )
-
-  assert run.returncode == 0, run.stderr
+  runs.on_devices(SHARDED, path)

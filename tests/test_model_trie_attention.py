@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from csrm_jax.model import trie_attention as module
 from csrm_jax.model.attention import SAVED
 from csrm_jax.model.trie_attention import causal, pallas
-from tests import masks
+from tests import masks, runs
 from tests.masks import (
   arrays,
   assert_equal_to_dense,
@@ -215,17 +215,7 @@ for h, g in ((6, 3), (3, 3)):  # key heads repeated; all heads whole
 
 
 def test_eight_devices_equal_one():
-  done = subprocess.run(
-    [sys.executable, "-c", _ON_A_MESH],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
+  runs.on_devices(_ON_A_MESH)
 
 
 _FOR_A_TPU = """

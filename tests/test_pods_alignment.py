@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +12,7 @@ from csrm_jax.align import setup as setups
 from csrm_jax.config import default
 from csrm_jax.model import sizes
 from csrm_jax.pods import ahead, alignment, roofline
-from tests import tiny
+from tests import runs, tiny
 from tests.test_pods import ROOT, compile_for
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -178,18 +175,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_eight_devices_share_the_state():
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(ROOT),
-  }
-  run = subprocess.run(
-    [sys.executable, "-c", SPREAD], cwd=ROOT, env=env, text=True,
-    capture_output=True,
-  )  # fmt: skip
-  assert run.returncode == 0, run.stderr[-3000:]
-  assert "Involuntary full rematerialization" not in run.stderr
-  found = json.loads(run.stdout)
+  found = json.loads(runs.on_devices(SPREAD))
   # What is whole on every device: norms, heads, windows of costs.
   assert found["held"] == pytest.approx(found["even"], rel=0.02)
   update, sample = found["ppo"], found["sample"]

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -248,17 +245,9 @@ from tests import runs
 assert jax.device_count() == 8
 loop.fit(runs.tiny_config(**{changes | spread!r}), {str(tmp_path / "eight")!r})
 """
-  environ = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(runs.ROOT),
-  }
-  run = subprocess.run(
-    [sys.executable, "-c", code], cwd=runs.ROOT, env=environ, text=True,
-    capture_output=True,
-  )  # fmt: skip
 
-  assert run.returncode == 0, run.stderr[-3000:]
-  assert "Involuntary full rematerialization" not in run.stderr
+  runs.on_devices(code)
+
   one, eight = (runs.lines(tmp_path / name) for name in ("one", "eight"))
   assert [line["step"] for line in eight] == [1, 2, 3]
   for expected, found in zip(one, eight, strict=True):

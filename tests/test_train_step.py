@@ -1,7 +1,4 @@
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,7 @@ import pytest
 from csrm_jax import losses
 from csrm_jax.train import optimizer as optimizers
 from csrm_jax.train import step as steps
-from tests import packing
+from tests import packing, runs
 
 WEIGHTS = dict.fromkeys(losses.TERMS, 0.5) | {"calibration": 1.0}
 
@@ -178,18 +175,7 @@ def run_on(devices: int, folder, *layouts: str):
 
   Layouts are "replica,fsdp,tensor,microbatches"; the devices are simulated.
   """
-  done = subprocess.run(
-    [sys.executable, "-c", _SEVERAL, str(folder), *layouts],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert "Involuntary full rematerialization" not in done.stderr
+  runs.on_devices(_SEVERAL, folder, *layouts, devices=devices)
   return [np.load(folder / f"{layout}.npz") for layout in layouts]
 
 
