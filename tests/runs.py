@@ -40,8 +40,7 @@ def process(*command) -> subprocess.Popen:
 def on_devices(code, *arguments, devices=8) -> str:
   """What `code` prints, in a process with so many simulated devices.
 
-  XLA must find a way between any two layouts of its arrays without making an
-  array whole ("Involuntary full rematerialization").
+  Fails, too, where XLA says that it gathers an array whole to lay it out anew.
   """
   done = subprocess.run(
     [sys.executable, "-c", code, *map(str, arguments)],

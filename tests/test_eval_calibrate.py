@@ -85,7 +85,7 @@ def workdir(tmp_path, labels: int):
 
 
 def overconfident(monkeypatch, wrong=4):
-  """Every fourth row is wrong at log-odds 4, so the best T is 4 / log 3."""
+  """One row in `wrong` is wrong at log-odds 4; for 4, T is 4 / log 3."""
   monkeypatch.setattr(calibrate, "load", lambda path: FakeJudge())
 
   def score_rows(judge, rows, **_):
