@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ import jax
 import machine
 
 from csrm_jax import errors
-from csrm_jax.config import Config
+from csrm_jax.config import Config, from_file
 from csrm_jax.data import loader, prepare, sources, trie
 from csrm_jax.eval import run
 from csrm_jax.train import loop
@@ -98,7 +97,7 @@ def recipe(name: str, seed: int, args: argparse.Namespace) -> Config:
     ValueError: the row needs an augmented source and the recipe has none.
   """
   variant = VARIANTS[name]
-  config = runpy.run_path(args.config)["get_config"]()
+  config = from_file(args.config)
   config.seed = seed
   config.steps = args.steps or config.steps
   config.data.source = args.source or config.data.source

@@ -14,7 +14,6 @@ import collections
 import functools
 import json
 import random
-import runpy
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ import numpy as np
 from csrm_jax import errors, sharding
 from csrm_jax.align import feedback, online, ppo
 from csrm_jax.align import setup as setups
-from csrm_jax.config import Config
+from csrm_jax.config import Config, from_file
 from csrm_jax.data import domains, groups
 from csrm_jax.judge import SHIPPED, load
 from csrm_jax.spec import Spec
@@ -62,8 +61,7 @@ def spec_of(number: int) -> Spec:
 
 
 def recipe(args: argparse.Namespace, specs: list[str], judged: int) -> Config:
-  path = ROOT / "configs" / "ppo_lag_smollm2.py"
-  config = runpy.run_path(str(path))["get_config"]()
+  config = from_file(ROOT / "configs" / "ppo_lag_smollm2.py")
   changes: dict[str, Any] = {
     "align.specs": ",".join(specs),
     "align.judged": judged,

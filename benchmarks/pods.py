@@ -10,13 +10,14 @@ of chips; those that exist are kept. With --table nothing is compiled.
 
 import argparse
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
+
+from csrm_jax.config import from_file
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu")
@@ -53,7 +54,7 @@ RECIPES = {
 def arguments(recipe: str, chips: int) -> list[str]:
   """Of launch/compile.py, for a recipe scaled to a number of chips."""
   path = f"configs/{recipe}.py"
-  config = runpy.run_path(str(ROOT / path))["get_config"]()
+  config = from_file(ROOT / path)
   own = config.mesh.fsdp * config.mesh.tensor * max(config.mesh.replica, 1)
   place = RECIPES[recipe][chips]
   shards = chips // config.mesh.tensor

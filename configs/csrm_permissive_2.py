@@ -7,11 +7,13 @@ the public sets that the first part trained on is among this one's, so suites
 leave out both.
 """
 
-from configs import csrm_permissive
+from pathlib import Path
+
+from csrm_jax.config import from_file
 
 
 def get_config():
-  c = csrm_permissive.get_config()
+  c = from_file(Path(__file__).with_name("csrm_permissive.py"))
   c.steps = 850
   c.optimizer.lr = 6e-4  # the adapter is no longer near zero
   c.data.source = (

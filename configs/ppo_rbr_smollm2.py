@@ -6,11 +6,13 @@ policy that answers and refuses (docs/rules.md has the commands):
 weights act: under specs/align/book_club.yaml it refuses where this answers.
 """
 
-from configs import ppo_lag_smollm2
+from pathlib import Path
+
+from csrm_jax.config import from_file
 
 
 def get_config():
-  c = ppo_lag_smollm2.get_config()
+  c = from_file(Path(__file__).with_name("ppo_lag_smollm2.py"))
   c.steps = 100
   c.align.prompts = "specs/align/requests.jsonl"
   c.align.evaluate_prompts = 40  # all that are held out

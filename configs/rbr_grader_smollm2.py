@@ -5,11 +5,13 @@ released gold set: --config.data.path=DATA with DATA/rbr_gold. Only its training
 part is read; launch/rules.py grade --grader=WORKDIR then grades with it.
 """
 
-from configs import csrm_smollm2
+from pathlib import Path
+
+from csrm_jax.config import from_file
 
 
 def get_config():
-  c = csrm_smollm2.get_config()
+  c = from_file(Path(__file__).with_name("csrm_smollm2.py"))
   c.steps = 400
   c.batch_rows = 1
   c.data.source = "rbr_gold_train"

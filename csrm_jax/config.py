@@ -1,5 +1,7 @@
 """Every configuration key once: meaning, unit, default."""
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -8,6 +10,19 @@ from ml_collections.config_dict import placeholder
 # A ConfigDict. Its own types give each key the union of all that any key may
 # hold, so annotations with it would reject every use.
 Config = Any
+
+
+def from_file(path: str | Path) -> Config:
+  """The config of a recipe, whatever folder Python was started in.
+
+  Raises:
+    OSError: no such file.
+    ValueError: it defines no `get_config`.
+  """
+  found = runpy.run_path(str(path))
+  if "get_config" not in found:
+    raise ValueError(f"{path}: defines no get_config(); see configs/demo.py")
+  return found["get_config"]()
 
 
 def default() -> Config:

@@ -1,7 +1,6 @@
 """Rounds: align, have responses labelled, refit the judge, align again."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from csrm_jax.align.feedback import (
 )
 from csrm_jax.align.rollout import Rollouts
 from csrm_jax.align.run import POLICY, align
-from csrm_jax.config import Config
+from csrm_jax.config import Config, from_file
 from csrm_jax.data import contract
 from csrm_jax.data import tokenizer as tokenizers
 from csrm_jax.judge import SHIPPED, load
@@ -127,7 +126,7 @@ def refit_config(config: Config, rows: Path) -> Config:
   It begins with the round's judge; where that is the shipped one, with the
   model that the recipe names.
   """
-  recipe = runpy.run_path(config.align.refit)["get_config"]()
+  recipe = from_file(config.align.refit)
   recipe.data.source = "jsonl"
   recipe.data.path = str(rows)
   if config.align.judge:
