@@ -1,7 +1,7 @@
-"""The shipped adapter, taught the non-commercial sets too. Cost: 2 CPU cores.
+"""The shipped adapter goes on with the non-commercial sets. Cost: 2 CPU cores.
 
-Goes on from models/smollm2-135m-csrm, on one machine (`model.adapter`); needs
---config.data.path=FOLDER of the sets. Figures in benchmarks/quality, licences in
+On one machine, from models/smollm2-135m-csrm (`model.adapter`). Needs
+--config.data.path=FOLDER of the sets. Figures in benchmarks/quality; licences in
 docs/data.md: the weights are not for commercial use.
 """
 

@@ -11,6 +11,7 @@ import pytest
 
 import csrm_jax as csrm
 from csrm_jax import checkpoint, sharding
+from csrm_jax.eval import recipes
 from csrm_jax.export import adapter
 from csrm_jax.model import adapter as layout
 from csrm_jax.model import lora
@@ -189,6 +190,14 @@ def test_provenance_goes_back_to_the_first(recipe, folder, tmp_path):
 
   assert found["data"] == [*described["data"], *closed]
   assert found["model_fingerprint"] == described["model_fingerprint"]
+  assert "recipes" not in found  # that of the first is unknown
+
+  described["started_from"]["recipes"] = []
+  file.write_text(json.dumps(described))
+  again = start.provenance(
+    recipe(**{"model.adapter": str(tmp_path / "second")})
+  )
+  assert [r["data"]["source"] for r in again["recipes"]] == ["polyguard"]
 
 
 @pytest.mark.slow
@@ -217,7 +226,9 @@ def test_a_run_goes_on_and_says_what_it_began_from(recipe, folder, tmp_path):
   assert described["started_from"] == {
     "model_fingerprint": before["model_fingerprint"],
     "data": before["data"],
+    "recipes": [before["recipe"]],
   }
+  assert recipes.recipe(tmp_path / "second").data.source == "synthetic"
   assert [s["name"] for s in described["data"]] == ["synthetic"]
   card = (tmp_path / "second" / "README.md").read_text()
   assert (

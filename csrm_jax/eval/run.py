@@ -130,7 +130,9 @@ def evaluate(
   ]
   entry = opened()
   asked = entry._replace(judge=protocols.under(entry.judge, protocol))
-  panel, notes = _panel(asked, judge_names, folder, train_rows, loaded, seed)
+  panel, notes = _panel(
+    asked, judge_names, folder, train_rows, data, loaded, seed
+  )
   for name in panel.keys() - OURS:
     # The same text may stand in several suites.
     panel[name] = protocols.under(remember(panel[name]), protocol)
@@ -295,18 +297,22 @@ def _panel(
   names: Sequence[str],
   folder: Path | None,
   train_rows: str | Path | None,
+  data: Any,
   loaded: Sequence[Suite],
   seed: int,
 ) -> tuple[dict[str, Judge], list[str]]:
   """Judges by name, in the order asked for, and notes on those left out."""
   panel: dict[str, Judge] = {}
   notes: list[str] = []
+  # A workdir says where its sets are; an exported adapter which they were.
+  known = recipes.workdir_of(folder) is not None
+  known = known or (recipes.is_known(folder) and data is not None)
 
   @functools.cache
   def training() -> list[Row]:
     if train_rows:
       return list(contract.read_rows(train_rows))
-    return list(recipes.training_rows(folder))
+    return list(recipes.training_rows(folder if known else None, data=data))
 
   for name in names:
     if name == "csrm":
@@ -320,12 +326,11 @@ def _panel(
     elif train_rows:
       panel[name] = judging.baseline(name, training())
     else:
-      if recipes.workdir_of(folder) is None and any(
-        s.name not in suites.SYNTHETIC for s in loaded
-      ):
+      if not known and any(s.name not in suites.SYNTHETIC for s in loaded):
         notes.append(
           f"{name} left out: the model's training rows are unknown; give "
-          "--train_rows=FILE"
+          "--train_rows=FILE, or the folder of the sets for an adapter that"
+          " names them: --data=DIR"
         )
         continue
       try:

@@ -293,16 +293,11 @@ def _real(
       f"--suite={name}: --data is missing; give the folder of the real sets"
     )
   counts: dict[str, int] = {}
-  made = real.build(
-    name,
-    path=path,
-    split=split_of(model, data=path),
-    rows=rows,
-    counts=counts,
-  )
+  split = split_of(model, data=path)
+  made = real.build(name, path=path, split=split, rows=rows, counts=counts)
   note = ", ".join(f"{key} {n}" for key, n in counts.items() if n)
-  if workdir_of(model) is None:
-    note += "; recipe unknown: as for the default one on the mixture"
+  if split.note:
+    note += f"; {split.note}"
   return flatten(name, made)._replace(note=note)
 
 

@@ -82,6 +82,7 @@ def export(
       "data": adapter_card.trained_on(
         recipe["data"]["source"], _counts(workdir, recipe)
       ),
+      **recipes.summary(recipe),
       **_started_from(workdir),
     }
     huggingface.write_json(partial / adapters.METADATA, described)

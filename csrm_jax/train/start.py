@@ -9,6 +9,7 @@ import numpy as np
 from csrm_jax.config import Config
 from csrm_jax.data import template
 from csrm_jax.data.tokenizer import Tokenizer
+from csrm_jax.eval import recipes
 from csrm_jax.model import adapter as adapters
 from csrm_jax.model.names import flatten, unflatten
 from csrm_jax.model.reward import RewardModel
@@ -19,16 +20,18 @@ def provenance(config: Config) -> dict[str, Any]:
   """What a run from `model.adapter` owes to it; nothing for other runs.
 
   Returns:
-    "model_fingerprint" of the adapter and "data", its training sets and those
-    of what it began from, as csrm.json has them; empty where it does not say.
+    "model_fingerprint" of the adapter; "data", its training sets and those of
+    what it began from, as csrm.json has them, empty where it does not say; and
+    "recipes" of all these, where all are known.
   """
   if not config.model.adapter:
     return {}
   described = adapters.read(config.model.adapter).described
-  earlier = described.get("started_from", {})
+  before = described.get("started_from", {})
   return {
     "model_fingerprint": described["model_fingerprint"],
-    "data": [*described.get("data", ()), *earlier.get("data", ())],
+    "data": [*described.get("data", ()), *before.get("data", ())],
+    **recipes.earlier(described),
   }
 
 
