@@ -1,8 +1,8 @@
 """The shipped adapter goes on with the non-commercial sets. Cost: 2 CPU cores.
 
 On one machine, from models/smollm2-135m-csrm (`model.adapter`). Needs
---config.data.path=FOLDER of the sets. Figures in benchmarks/quality; licences in
-docs/data.md: the weights are not for commercial use.
+--config.data.path=FOLDER of the sets. Figures in benchmarks/quality. Licences:
+docs/data.md; the weights are not for commercial use.
 """
 
 from pathlib import Path
