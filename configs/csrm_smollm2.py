@@ -1,9 +1,9 @@
 """SmolLM2-135M on real rows from --config.data.path. Cost: 2 CPU cores.
 
-2.5 s a step alone, 100 min; 3 h 13 min beside other work; figures in
-benchmarks/quality. Several of the sets are non-commercial, see docs/data.md.
-Other sources: --config.data.source=beavertails, pku_pairs, polyguard,
-"mixture" for these three, or any set of docs/data.md.
+2.5 s a step with AMX, 100 min (without it 4.3 s); 3 h 13 min beside other work;
+figures in benchmarks/quality. Several of the sets are non-commercial, see
+docs/data.md. Other sources: --config.data.source=beavertails, pku_pairs,
+polyguard, "mixture" for these three, or any set of docs/data.md.
 """
 
 from csrm_jax.config import default

@@ -1,6 +1,6 @@
 """The shipped adapter goes on with the non-commercial sets. Cost: 2 CPU cores.
 
-On one machine, from models/smollm2-135m-csrm (`model.adapter`). Needs
+92 min. On one machine, from models/smollm2-135m-csrm (`model.adapter`). Needs
 --config.data.path=FOLDER of the sets. Figures in benchmarks/quality. Licences:
 docs/data.md; the weights are not for commercial use.
 """
