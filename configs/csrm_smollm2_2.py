@@ -15,7 +15,7 @@ def get_config():
   c.steps = 900
   c.checkpoint_every = 50
   c.model.adapter = "models/smollm2-135m-csrm"
-  c.loss.resp = 0.6  # a third of the rows are pairs of responses
+  c.loss.resp = 0.6  # a fifth of the rows are pairs of responses
   c.data.source = (
     "polyguard:2000,beavertails:1600,beavertails_augmented:300,pku_pairs:1000,"
     "saferlhf_responses:600,answering:500,diasafety:200,hh_harmless:200,"
